@@ -1,0 +1,384 @@
+"""The command line of every experiment: ``main(Config, build, PRESETS)`` is its last line.
+
+    python -m experiments.NAME [train|eval|summary|sample] [--preset NAME] [--field value ...]
+
+Exit codes: 0 done; 1 the run diverged; 2 bad input, told in one line; 75 stopped on purpose and
+saved, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from dlx.errors import BadInput
+
+COMMANDS = ("train", "eval", "summary", "sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Where and how to run: nothing here changes a result, so it is no part of a configuration."""
+
+    workdir: str = ""  # the run folder; empty: runs/NAME
+    fresh: bool = False  # start over in a folder that is in use
+    seeds: str = ""  # several seeds, a folder each: 0..4 or 0,2,5; empty: --seed alone
+    mesh: str = ""  # devices, like data=4,fsdp=2; empty: all on the data axis
+    data_dir: str = ""  # where data sets lie; empty: DLX_DATA_DIR
+    split: Literal["validation", "test"] = "validation"  # what `eval` reads
+    profile: bool = False  # write a trace of a few steps to the run folder
+    debug: bool = False  # tracebacks, and a stop at the first NaN
+
+
+def main(
+    config_class: type,
+    build: Callable[[Any], Any],
+    presets: Mapping[str, Any],
+    args: list[str] | None = None,
+) -> None:
+    """Runs an experiment from its command line, and exits.
+
+    Args:
+      config_class: a frozen dataclass with a field `run: Run`.
+      build: configuration -> Experiment, or {phase: (Run, previous state -> Experiment)}. It
+        opens no data: that is for `data` and the evaluations to do.
+      presets: {name: configuration}; the first is the default.
+      args: the arguments; None takes the process's.
+    """
+    args = sys.argv[1:] if args is None else args
+    try:
+        code = _main(config_class, build, presets, args)
+    except BadInput as e:
+        if "--debug" in args:
+            raise
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        code = 2
+    except FloatingPointError as e:
+        if "--debug" in args:
+            raise
+        print(f"diverged: {e}; lower the learning rate or clip gradients", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 75
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _main(config_class, build, presets, args) -> int:
+    from dlx import guard
+
+    with guard.signals():
+        name = _name()
+        command, config, flags = parse(config_class, presets, args, name)
+        _setup(flags)
+        folder = Path(flags.workdir or Path("runs") / name)
+        seeds = _seeds(flags.seeds)
+        for seed in [None] if seeds is None else seeds:
+            place, chosen = folder, config
+            if seed is not None:
+                run = dataclasses.replace(config.run, seed=seed)
+                place, chosen = folder / f"seed{seed}", dataclasses.replace(config, run=run)
+            COMMAND[command](name, build, chosen, flags, place, _preset(args, presets))
+    return 0
+
+
+# ---- Parsing -----------------------------------------------------------------------------------
+
+
+def parse(
+    config_class: type, presets: Mapping[str, Any], args: list[str], name: str
+) -> tuple[str, Any, Flags]:
+    """(command, configuration, flags).
+
+    Raises:
+      BadInput: an unknown flag (with the nearest right name), a wrong type or value.
+    """
+    import tyro
+
+    prog = f"python -m experiments.{name}"
+    preset = _preset(args, presets)
+    command, rest = "train", _without_preset(args)
+    if rest and not rest[0].startswith("-"):
+        command, *rest = rest
+        if command not in COMMANDS:
+            raise BadInput(f"{command!r} is no command{_nearest(command, COMMANDS)}")
+    default = presets[preset]
+    if command in ("eval", "sample"):
+        default = _stored(config_class, rest, name) or default
+    args_class = dataclasses.make_dataclass(
+        "Args",
+        [
+            ("config", Annotated[config_class, tyro.conf.arg(name="")]),
+            ("flags", Annotated[Flags, tyro.conf.arg(name="")]),
+        ],
+        frozen=True,
+    )
+    usage = f"{prog} [{'|'.join(COMMANDS)}] [--preset {'|'.join(presets)}]"
+    description = (
+        f"{(config_class.__doc__ or '').strip()}\n\n"
+        f"usage: {usage} [--field value ...]\n"
+        "train (default) trains or resumes; eval reads validation, or --split test; summary "
+        "counts parameters, bytes and FLOPs; sample shows what the model makes.\n"
+        f"--preset sets the defaults below (now: {preset})."
+    )
+
+    def cli(arguments: list[str]) -> Any:
+        return tyro.cli(
+            args_class,
+            args=arguments,
+            default=args_class(default, Flags()),
+            prog=f"{prog} {command}",
+            description=description,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+
+    if "-h" in rest or "--help" in rest:
+        cli(["--help"])
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            parsed = cli(rest)
+    except SystemExit:
+        raise BadInput(_one_line(err.getvalue() + out.getvalue(), cli)) from None
+    return command, parsed.config, parsed.flags
+
+
+def _one_line(message: str, cli: Callable[[list[str]], Any]) -> str:
+    """tyro's box as one line, with the nearest flag for each that it does not know."""
+    lines = [line.strip("│ ") for line in message.splitlines() if line.startswith("│")]
+    said: list[str] = []
+    for line in lines:
+        if line.startswith("──"):
+            break
+        said.append(line)
+    text = re.sub(r"\[/?bold\]", "", " ".join(filter(None, said)))
+    if not text.startswith("Unrecognized options:"):
+        return text[:180] or "the arguments cannot be read: see --help"
+    words = text.partition(":")[2].split(", ")
+    helped = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(helped):
+        cli(["--help"])
+    known = sorted({*re.findall(r"--[\w.-]+", helped.getvalue())})
+    unknown = [w.strip() for w in words if w.strip().startswith("--")]
+    if not unknown:
+        word = words[0].strip()
+        key = "--" + word.partition("=")[0].replace("_", "-")
+        hint = f": write {key} {word.partition('=')[2] or 'VALUE'}" if key in known else ""
+        return f"{word!r} is no flag{hint}" + (": flags begin with --" if not hint else "")
+    return "; ".join(f"unknown flag {w}{_nearest(w, known)}" for w in unknown)[:180]
+
+
+def _nearest(word: str, known: Any) -> str:
+    word = word.partition("=")[0].replace("_", "-")
+    # The last part too: --lr finds --opt.lr.
+    near = [k for k in known if k.split(".")[-1] == word.lstrip("-")]
+    near = near or difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f": did you mean {near[0]}?" if near else ": see --help"
+
+
+def _preset(args: list[str], presets: Mapping[str, Any]) -> str:
+    preset = _early(args, "--preset") or next(iter(presets))
+    if preset not in presets:
+        raise BadInput(f"preset {preset!r} is unknown: there are {', '.join(presets)}")
+    return preset
+
+
+def _early(args: list[str], flag: str) -> str:
+    """The value of a flag that decides on the defaults of the others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(flag, default="")
+    try:
+        return getattr(parser.parse_known_args(args)[0], flag.lstrip("-"))
+    except argparse.ArgumentError as e:
+        raise BadInput(f"{flag} needs a value") from e
+
+
+def _without_preset(args: list[str]) -> list[str]:
+    out, skip = [], False
+    for a in args:
+        if not skip and not a.startswith("--preset="):
+            if a == "--preset":
+                skip = True
+                continue
+            out.append(a)
+        skip = False
+    return out
+
+
+def _stored(config_class: type, args: list[str], name: str) -> Any:
+    """The configuration of the run folder that eval and sample read."""
+    from dlx import runs
+
+    folder = Path(_early(args, "--workdir") or Path("runs") / name)
+    if seeds := _seeds(_early(args, "--seeds")):
+        folder /= f"seed{seeds[0]}"
+    stored = runs.config_of(folder)
+    return runs.structure(stored["config"], config_class, folder / "config.json")
+
+
+def _seeds(text: str) -> list[int] | None:
+    if not text:
+        return None
+    if m := re.fullmatch(r"(\d+)\.\.(\d+)", text):
+        first, last = int(m[1]), int(m[2])
+        if first <= last:
+            return list(range(first, last + 1))
+    elif re.fullmatch(r"\d+(,\d+)*", text):
+        return [int(s) for s in text.split(",")]
+    raise BadInput(f"seeds {text!r} cannot be read: write 0..4 or 0,2,5")
+
+
+def _name() -> str:
+    """What the run is called: the module behind `python -m`, or the script."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name:
+        return spec.name.removesuffix(".__main__").rpartition(".")[2]
+    return Path(sys.argv[0]).stem or "experiment"
+
+
+# ---- Commands ----------------------------------------------------------------------------------
+
+
+def _setup(flags: Flags) -> None:
+    """The process's global settings: only the command line makes any."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "dlx" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if flags.data_dir:
+        if not Path(flags.data_dir).is_dir():
+            raise BadInput(f"data_dir {flags.data_dir!r} is no folder: correct it")
+        os.environ["DLX_DATA_DIR"] = flags.data_dir
+    if flags.debug:
+        jax.config.update("jax_debug_nans", True)
+
+
+def _train(name, build, config, flags, folder, preset) -> None:
+    from dlx import guard, loop, runs, sharding
+
+    mesh = sharding.make_mesh(flags.mesh)
+    whole = _config_dict(name, preset, config)
+    if (folder / "result.json").exists() and not flags.fresh:
+        with guard.lock(folder):
+            guard.check_config(folder, whole)
+        writers_say(f"{folder} is complete; --fresh trains it anew")
+        _report(name, folder)
+        return
+    import jax
+
+    writers_say(f"{name}: preset {preset}, seed {config.run.seed}, {config.run.steps:,} steps on "
+                f"{jax.device_count()} x {jax.devices()[0].device_kind}")  # fmt: skip
+    writers_say(f"compilation cache: {jax.config.jax_compilation_cache_dir}")
+    state = None
+    parts = runs.phases(build(config), config, folder)
+    with contextlib.ExitStack() as stack:
+        if len(parts) > 1:  # the phases' common folder is a run folder as well
+            stack.enter_context(guard.lock(folder))
+            guard.check_config(folder, whole, flags.fresh)
+        for place, run, make in parts:
+            if len(parts) > 1:
+                writers_say(f"phase {place.name}: {run.steps:,} steps")
+            state, _ = loop.fit(
+                make(state), run, workdir=place, config=whole, fresh=flags.fresh,
+                given=state, mesh=mesh, profile=flags.profile,
+            )  # fmt: skip
+        if len(parts) > 1:
+            guard.write_json(folder / "result.json", guard.read_json(place / "result.json"))
+    _report(name, folder)
+
+
+def writers_say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _config_dict(name: str, preset: str, config: Any) -> dict[str, Any]:
+    return {"experiment": name, "preset": preset, "config": dataclasses.asdict(config)}
+
+
+def _report(name: str, folder: Path) -> None:
+    """The result, and where everything is."""
+    from dlx import guard
+
+    result = guard.read_json(folder / "result.json")
+    print(f"{name}: result at step {result['step']} of {result['steps']}, seed {result['seed']}")
+    for key, value in {**result["validation"], **{f"test/{k}": v for k, v in result["test"].items()}}.items():
+        print(f"  {key:32} {value:.4f}")
+    print(f"everything is in {folder}/ (README.txt says what), pictures in {folder / 'pictures'}/")
+
+
+def _chosen(name, build, config, flags, folder, preset):
+    """(experiment, its state) of a trained run whose configuration is as asked."""
+    from dlx import guard, runs, sharding
+
+    stored = runs.config_of(folder)
+    guard.check_config(folder, _config_dict(name, preset, config) | {"preset": stored["preset"]})
+    mesh, state, experiment, step = sharding.make_mesh(flags.mesh), None, None, 0
+    for place, run, make in runs.phases(build(config), config, folder):
+        experiment = make(state)
+        state, step = runs.chosen_state(place, experiment, run, given=state, mesh=mesh)
+    print(f"{folder}: checkpoint of step {step}")
+    return experiment, state, mesh
+
+
+def _eval(name, build, config, flags, folder, preset) -> None:
+    import jax
+
+    experiment, state, mesh = _chosen(name, build, config, flags, folder, preset)
+    with jax.set_mesh(mesh):
+        if flags.split == "validation":
+            results = {f"{g}/{k}": v for g, f in experiment.evals.items() for k, v in f(state).items()}
+        elif experiment.test is None:
+            raise BadInput(f"{name} has no test set: leave out --split")
+        else:
+            results = {f"test/{k}": v for k, v in experiment.test(state).items()}
+    for key, value in results.items():
+        print(f"  {key:32} {float(value):.4f}")
+    print(json.dumps({k: float(v) for k, v in results.items()}))
+
+
+def _sample(name, build, config, flags, folder, preset) -> None:
+    import jax
+
+    from dlx import writers
+
+    experiment, state, mesh = _chosen(name, build, config, flags, folder, preset)
+    if experiment.sample is None:
+        raise BadInput(f"{name} makes no samples: it is no generative model; use eval")
+    with jax.set_mesh(mesh):
+        made = experiment.sample(state, jax.random.key(config.run.seed))
+    if isinstance(made, str):
+        print(made)
+    else:
+        writers.png(folder / "pictures" / "sample.png", made)
+        print(f"written to {folder / 'pictures' / 'sample.png'}")
+
+
+def _summary(name, build, config, flags, folder, preset) -> None:
+    import jax
+
+    from dlx import runs, sharding, summary
+
+    rows = sharding.rows(sharding.make_mesh(flags.mesh))
+    state = None
+    for place, _, make in runs.phases(build(config), config, folder):
+        experiment = make(state)
+        batch = next(iter(experiment.data(0, rows))) if experiment.data else {}
+        print(f"{name}{'' if place == folder else ' ' + place.name}, preset {preset}")
+        print(summary.summary(experiment, batch, given=state), end="\n\n")
+        state = jax.eval_shape(experiment.init, jax.random.key(0), state)
+
+
+COMMAND = {"train": _train, "eval": _eval, "summary": _summary, "sample": _sample}

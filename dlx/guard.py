@@ -1,0 +1,274 @@
+"""What keeps a run safe: one process a folder, one configuration a folder, finite states, signals.
+
+Nothing here is on the way of a batch. `dlx.fit` uses the first half; only the command line
+installs the signal handlers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dlx.errors import BadInput
+
+FILES = {  # everything a run writes: the folder's README, and all that --fresh removes
+    "README.txt": "this list",
+    "config.json": "the configuration; a run with another one is refused in this folder",
+    "environment.json": "package versions, device, git commit, command of the newest start",
+    "metrics.jsonl": "a row a log window or evaluation; a function of configuration and seed",
+    "timing.jsonl": "what the clock said: seconds, steps and examples a second",
+    "result.json": "the final metrics; there when the run is complete",
+    "checkpoints": "a folder a saved step, and beside it a record with every file's sha256",
+    "pictures": "learning curves and the experiment's own pictures, PNG",
+    "tensorboard": "the same metrics as TensorBoard events",
+    "profile": "traces of --profile, for TensorBoard or Perfetto",
+    ".lock": "held by the process that trains here",
+}
+FREE = ("run.steps_per_call", "run.keep")  # may differ between a folder and its resumption
+
+
+# ---- the run folder ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process; the system lets go of it however the process ends.
+
+    Raises:
+      BadInput: another process holds it, or the folder cannot be written.
+    """
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")
+    except OSError as e:
+        raise BadInput(f"cannot write to {folder}: {e.strerror}; choose another --workdir") from e
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise BadInput(
+                f"{folder} is in use by {owner}: wait for it, stop it, or choose another --workdir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content.
+
+    Raises:
+      BadInput: it cannot be parsed (named with line and column).
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        at = f" (line {e.lineno}, column {e.colno})" if isinstance(e, json.JSONDecodeError) else ""
+        raise BadInput(f"{path} is damaged{at}: mend it, or start over with --fresh") from e
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes all of it or nothing, whenever the process dies."""
+    draft = path.with_name(path.name + ".tmp")
+    with open(draft, "w") as f:
+        json.dump(value, f, indent=2)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    draft.replace(path)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"run.steps": 100, ...}: nested mappings as dotted names."""
+    if not isinstance(config, Mapping):
+        return {prefix: config}
+    out: dict[str, Any] = {}
+    for k, v in config.items():
+        out |= flat(v, f"{prefix}.{k}" if prefix else str(k))
+    return out
+
+
+def check_config(folder: Path, config: Mapping[str, Any], fresh: bool = False) -> None:
+    """Makes `folder` the run of `config`, or finds that it is.
+
+    Raises:
+      BadInput: the folder belongs to another configuration, or to something else entirely.
+    """
+    if fresh:
+        erase(folder)
+    path = folder / "config.json"
+    if not path.exists():
+        strangers = sorted(
+            p.name for p in folder.iterdir() if p.name not in FILES and not _is_run(p)
+        )
+        if strangers:
+            raise BadInput(
+                f"{folder} holds {strangers[0]!r} and no config.json, so it is no run folder: "
+                "choose another --workdir"
+            )
+        erase(folder)  # leftovers of a start that died before its first line
+        readme = "\n".join(f"{name:18}{text}" for name, text in FILES.items())
+        (folder / "README.txt").write_text(f"A run folder of dlx.\n\n{readme}\n")
+        write_json(path, config)
+        return
+    old, new = flat(read_json(path)), flat(json.loads(json.dumps(config)))
+    differ = [
+        f"{k} {old.get(k, 'absent')} -> {new.get(k, 'absent')}"
+        for k in {**old, **new}
+        if k.removeprefix("config.") not in FREE
+        and k != "preset"
+        and old.get(k, "absent") != new.get(k, "absent")
+    ]
+    if differ:
+        shown = ", ".join(d.removeprefix("config.") for d in differ[:3])
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise BadInput(
+            f"{folder} was made with another configuration ({shown}{more}): "
+            "--fresh starts over, --workdir takes another folder"
+        )
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and ((path / "config.json").exists() or (path / ".lock").exists())
+
+
+def erase(folder: Path) -> None:
+    """Removes what a run writes and nothing else: `--workdir ~ --fresh` must cost nobody a home."""
+    for name in FILES:
+        path = folder / name
+        if name == ".lock":
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_disk(folder: Path, abstract: Any) -> None:
+    """Raises BadInput where two checkpoints of such a state would not fit."""
+    need = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise BadInput(
+            f"{folder} has {free / 1e6:,.1f} MB free and two checkpoints take "
+            f"{need / 1e6:,.1f} MB: free some, or choose another --workdir"
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, git commit and command: what else a result depends on."""
+    import importlib.metadata
+    import platform
+    import subprocess
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    device, changes = jax.devices()[0], git("status", "--porcelain")
+    return {
+        "packages": {n: importlib.metadata.version(n) for n in names},
+        "python": platform.python_version(),
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "platform": device.platform,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "commit": git("rev-parse", "HEAD"),
+        "clean": None if changes is None else not changes,
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    import platform
+
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+# ---- finite states ----------------------------------------------------------------------------
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """() bool: every floating leaf is finite. One scalar leaves the device."""
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves] or [jnp.bool_(True)]).all()
+
+
+# ---- signals (the command line only) ----------------------------------------------------------
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C, raised in the main thread; `fit` saves and lets it through."""
+
+
+unsaved = threading.Event()  # set by fit while it holds a step that no checkpoint has
+_received = threading.Event()
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[None]:
+    """SIGTERM, SIGINT and SIGUSR1 raise `Stopped`, once; a second one cannot spoil the save.
+
+    A Python handler waits for C++ to return, and a compilation takes long. So a watcher thread
+    is woken too: where there is nothing to save it ends the process at once, with 75.
+    """
+    wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def handler(number, frame):
+        if not _received.is_set():
+            _received.set()
+            raise Stopped(signal.Signals(number).name)
+
+    def watch():
+        while (byte := os.read(read, 1)) and byte != b"\0":
+            if byte[0] in wanted and not unsaved.is_set():
+                print("stopped: nothing new to save; the same command goes on", file=sys.stderr)
+                sys.stdout.flush()
+                os._exit(75)
+
+    before = {s: signal.signal(s, handler) for s in wanted}
+    wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, name="dlx-signals", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for s, old in before.items():
+            signal.signal(s, old)
+        os.write(write, b"\0")
+        watcher.join()
+        os.close(read)
+        os.close(write)
+        _received.clear()

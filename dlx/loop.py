@@ -1,0 +1,340 @@
+"""The only training loop. It sees `step(state, batch) -> (state, metrics)`: never a loss, an
+optimizer or a model.
+
+Read `fit`, then `_train`: the loop itself. Its order is fixed, and everything rests on it:
+**evaluate (old state) -> save -> next batch -> step -> log**. Evaluations and saves see a state
+before a step donates its buffers, and a save holds the window of metrics that is being summed, so
+that a run that resumes writes the same rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlx import checkpoint, guard, metrics, runs, sharding
+from dlx import writers as writers_lib
+from dlx.errors import BadInput
+from dlx.experiment import Experiment, Run, best_step, parameters
+
+say = writers_lib.say
+
+
+def fit(
+    experiment: Experiment,
+    run: Run,
+    *,
+    workdir: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    fresh: bool = False,
+    given: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    writers: Sequence[writers_lib.Writer] | None = None,
+    profile: bool = False,
+) -> tuple[Any, list[dict[str, float]]]:
+    """Trains an experiment, or goes on where its folder stands.
+
+    Args:
+      experiment: the functions.
+      run: how long, and what happens when.
+      workdir: the run folder; None keeps everything in memory.
+      config: the whole configuration, nested plain values; a folder with another one is refused.
+      fresh: starts over in a folder that is in use.
+      given: handed to `experiment.init`: an earlier phase's state, pretrained weights.
+      mesh: see `dlx.make_mesh`; None puts all devices on the data axis.
+      writers: callables (step, {name: float}); None shows progress, [] is silent. The files of
+        the run folder are written in any case.
+      profile: writes a trace of a few steps to the run folder.
+
+    Returns:
+      (state, history): the state that validation chose (`run.best`), or the last one; and the
+      rows of metrics.jsonl. Ctrl-C saves, and returns the state and history so far.
+
+    Raises:
+      BadInput: something that cannot work, before anything compiles.
+      FloatingPointError: a metric or the state is not finite; such a state is never saved.
+
+    >>> import dlx, jax, jax.numpy as jnp
+    >>> def init(key, given):
+    ...     return jnp.zeros(())
+    >>> def step(w, batch):
+    ...     return w + 0.5 * (batch["x"].mean() - w), {"distance": abs(w - 3.0)}
+    >>> def data(first_step, rows):
+    ...     while True:
+    ...         yield {"x": np.full(8, 3.0, np.float32)[rows(8)]}
+    >>> w, history = dlx.fit(
+    ...     dlx.Experiment(init, step, data), dlx.Run(steps=20, log_every=10), writers=[])
+    >>> round(float(w), 3), [row["step"] for row in history]
+    (3.0, [10, 20])
+    """
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if workdir is not None:
+            folder = Path(workdir)
+            stack.enter_context(guard.lock(folder))
+            guard.check_config(folder, config or {"run": dataclasses.asdict(run)}, fresh)
+        return _fit(experiment, run, folder, given, mesh, writers, profile)
+
+
+def _fit(experiment, run, folder, given, mesh, writers, profile):
+    # ---- Shapes: what can be wrong is found before anything compiles ----
+    if run.best is not None and run.best[0].split("/")[0] not in experiment.evals:
+        raise BadInput(
+            f"best names {run.best[0]!r} and the evaluations are "
+            f"{', '.join(experiment.evals) or 'none'}: write EVALUATION/METRIC max or min"
+        )
+    key = jax.random.key(run.seed)
+    abstract = jax.eval_shape(experiment.init, key, given)
+    abstract = sharding.place(abstract, mesh, experiment.rules)
+
+    # ---- Restore: the newest whole checkpoint, and the log cut back to it ----
+    start, record, rows = 0, None, {}
+    if folder is not None:
+        start, record, rows = runs.find(folder, run)
+
+    # ---- Data: the first batch tells the remaining shapes ----
+    batches = itertools.repeat({})
+    if experiment.data is not None:
+        batches = iter(experiment.data(start, sharding.rows(mesh)))
+    batch = _next(batches, 1)
+    batches = itertools.chain([batch], batches)
+    size = sharding.check_batch(batch, mesh)
+    empty = _check_step(experiment, abstract, batch)
+
+    # ---- State ----
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    if folder is not None:
+        guard.check_disk(folder, abstract)
+        environment = guard.environment() | {"mesh": dict(mesh.shape)}
+        guard.write_json(folder / "environment.json", environment)
+    if record is not None:
+        say(f"resuming {folder} at step {start}")
+        state = checkpoint.restore(folder / "checkpoints", start, record, abstract)
+        window = runs.window_from(record["window"], empty)
+    else:
+        places = jax.tree.map(lambda x: x.sharding, abstract)
+        state = jax.jit(experiment.init, out_shardings=places)(key, given)
+        window = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), empty)
+    carry = (state, *jax.device_put((window, np.int32(start)), replicated))
+
+    # ---- Train, then test what validation chose ----
+    if writers is None:
+        writers = [writers_lib.progress(run.steps, start)]
+    if folder is not None:
+        writers = [*writers, *writers_lib.files(folder, start)]
+    log = writers_lib.Log(rows, list(writers), start, size)
+    table = {} if record is None else runs.evaluations(record)
+    state, best, complete = _train(
+        experiment, run, folder, mesh, log, table, carry, batches, profile
+    )
+    if complete:
+        state = _finish(experiment, run, folder, mesh, log, table, state, best, abstract)
+    return state, log.history
+
+
+# ---- The loop ----------------------------------------------------------------------------------
+
+
+def _train(experiment, run, folder, mesh, log, table, carry, batches, profile):
+    """Steps until `run.steps` or Ctrl-C -> (state, best state where there is no folder, whether
+    the run is complete). Fills `table`, {step: evaluation}, and `log`."""
+    box = [carry]  # (state, log window, position): one consistent set, whenever an interrupt comes
+    done = saved = int(carry[2])
+    best_state = None
+    saver = None
+    if folder is not None:
+        saver = checkpoint.Saver(folder / "checkpoints", runs.keeper(run), say)
+
+    def save(amend: bool = False) -> None:
+        nonlocal saved
+        state, window, _ = box[0]
+        log.flush()  # first: the record knows how long the log is
+        window = jax.device_get(window)
+        metrics.check_window(window)
+        if not bool(guard.all_finite(state)):
+            raise FloatingPointError(f"the state is not finite at step {done}")
+        record = runs.record(folder, table, window)
+        if amend:
+            saver.amend(done, record)
+        else:
+            saver.save(done, state, record)
+        saved = done
+
+    advance = _advance(experiment.step, run.log_every)
+    single = jax.jit(advance, donate_argnums=0)
+    several = jax.jit(_scanned(advance, run.steps_per_call), donate_argnums=0)
+    trace = writers_lib.Profile(folder / "profile" if profile and folder is not None else None)
+    try:
+        while True:
+            # 1. Evaluate the state as it stands.
+            due = done == run.steps or (done > 0 and done % run.eval_every == 0)
+            if evaluated := due and done not in table:
+                log.flush()
+                results = _evaluate(experiment, run, box[0][0], mesh)
+                log.emit(done, "eval", results)
+                table[done] = results
+            best = best_step(table, run.best)
+
+            # 2. Save it; an evaluation that came after the save goes into its record.
+            if saver is not None and done > 0:
+                if done != saved and (done % run.save_every == 0 or done in (run.steps, best)):
+                    save()
+                elif done == saved and evaluated:
+                    save(amend=True)
+            elif evaluated and done == best:
+                best_state = jax.tree.map(jnp.copy, box[0][0])
+            if run.picture_every and done > 0 and done % run.picture_every == 0:
+                _draw(experiment, box[0][0], mesh, folder, f"_{done:07d}")
+            if done >= run.steps:
+                break
+
+            # 3. The next batch; the next K where K steps fit in.
+            k = run.steps_per_call
+            k = k if done % k == 0 and done + k <= run.steps else 1
+            batch = sharding.put(_next(batches, k), mesh, lead=int(k > 1))
+
+            # 4. Step. An interrupt between the call and the assignment of its result would lose
+            # the donated state; `map` into a slice stays within C, where no interrupt comes.
+            guard.unsaved.set()
+            with trace, jax.transfer_guard("disallow"):
+                box[:] = map(several if k > 1 else single, *((x,) for x in box[0]), (batch,))
+            done += k
+
+            # 5. Log, one window late: so the device is never waited for.
+            if done % run.log_every == 0 or done == run.steps:
+                log.flush()
+                log.later(done, box[0][1])
+        log.flush()
+        if saver is not None:
+            saver.wait()
+        return box[0][0], best_state, True
+    except KeyboardInterrupt as stop:
+        state, _, position = box[0]
+        if any(x.is_deleted() for x in jax.tree.leaves(state)):  # only in a call that compiles
+            say("stopped within a step: the last checkpoint stands")
+        elif saver is not None:
+            done = int(position)
+            log.flush()
+            log.rewrite(folder / "metrics.jsonl")
+            if done != saved:
+                save()
+            saver.wait()
+            say(f"stopped at step {done}, saved in {folder}: the same command goes on")
+        if isinstance(stop, guard.Stopped):
+            raise
+        return state, None, False
+    except FloatingPointError as e:
+        if saver is not None:
+            saver.wait()
+        raise FloatingPointError(f"{e}; {runs.last_good(folder)}") from None
+    finally:
+        trace.stop()
+        if saver is not None:
+            saver.close()
+        guard.unsaved.clear()
+
+
+def _advance(step_fn: Callable, log_every: int) -> Callable:
+    """(state, window, position, batch) -> the same after one step."""
+
+    def advance(state, window, position, batch):
+        state, values = step_fn(state, batch)
+        return state, metrics.accumulate(window, values, position, log_every), position + 1
+
+    return advance
+
+
+def _scanned(advance: Callable, k: int) -> Callable:
+    """K steps in one call; the leaves of `batches` are (K, B, ...)."""
+
+    def several(state, window, position, batches):
+        def body(carry, batch):
+            return advance(*carry, batch), None
+
+        return jax.lax.scan(body, (state, window, position), batches, length=k)[0]
+
+    return several
+
+
+# ---- Before and after --------------------------------------------------------------------------
+
+
+def _next(batches: Iterator[Any], k: int) -> Any:
+    group = list(itertools.islice(batches, k))
+    if len(group) < k:
+        raise BadInput("the data ended before the run did: it must go on for as many steps")
+    return group[0] if k == 1 else jax.tree.map(lambda *x: np.stack(x), *group)
+
+
+def _check_step(experiment: Experiment, abstract: Any, batch: Any) -> Any:
+    """The shapes of an empty log window; a state that would change shape or dtype is named."""
+    after, values = jax.eval_shape(experiment.step, abstract, batch)
+    before, now = checkpoint.spec(abstract), checkpoint.spec(after)
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            raise BadInput(
+                f"one step turns the state's {name} from {before.get(name, 'absent')} into "
+                f"{now.get(name, 'absent')}: init and step must agree"
+            )
+    empty = jax.eval_shape(metrics.empty_window, values)
+    for name, pair in empty["sums"].items():
+        if pair[0].shape or pair[1].shape:
+            raise BadInput(f"metric {name!r} has shape {pair[0].shape}: it must be a scalar")
+    return empty
+
+
+def _evaluate(experiment: Experiment, run: Run, state: Any, mesh: Any) -> dict[str, float]:
+    results = {}
+    with jax.set_mesh(mesh):
+        for name, evaluate in experiment.evals.items():
+            results |= {f"{name}/{k}": float(v) for k, v in evaluate(state).items()}
+    if run.best is not None and run.best[0] not in results:
+        raise BadInput(f"best names {run.best[0]!r} and the evaluations give {', '.join(results)}")
+    return results
+
+
+def _draw(experiment: Experiment, state: Any, mesh: Any, folder: Path | None, suffix: str) -> None:
+    if folder is not None:
+        with jax.set_mesh(mesh):
+            for name, draw in experiment.pictures.items():
+                writers_lib.png(folder / "pictures" / f"{name}{suffix}.png", draw(state))
+
+
+def _finish(experiment, run, folder, mesh, log, table, state, best_state, abstract):
+    """The state that validation chose; its test, its pictures and result.json, once."""
+    chosen = best_step(table, run.best) or run.steps
+    if chosen != run.steps and folder is None:
+        state = best_state
+    elif chosen != run.steps:
+        record = checkpoint.verify(folder / "checkpoints", chosen)
+        state = checkpoint.restore(folder / "checkpoints", chosen, record, abstract)
+    if folder is not None and (folder / "result.json").exists():
+        return state
+    tested = {}
+    if experiment.test is not None:
+        with jax.set_mesh(mesh):
+            tested = {k: float(v) for k, v in experiment.test(state).items()}
+        log.emit(run.steps, "test", {f"test/{k}": v for k, v in tested.items()})
+    if folder is not None:
+        _draw(experiment, state, mesh, folder, "")
+        writers_lib.curves(folder, log.history)
+        log.end(run.steps)
+        result = {
+            "step": chosen,
+            "steps": run.steps,
+            "seed": run.seed,
+            "parameters": parameters(abstract),
+            "validation": table[chosen],
+            "test": tested,
+        }
+        guard.write_json(folder / "result.json", result)
+    return state

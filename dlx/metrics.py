@@ -1,0 +1,128 @@
+"""Metrics are sums and weights: a padded last batch and many hosts change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlx import sharding
+from dlx.errors import BadInput
+
+
+def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """1.0 where the largest of `logits` (..., C) is at `labels` (...), else 0.0; (...) float32.
+
+    >>> correct(jnp.array([[0., 1.], [2., 1.]]), jnp.array([1, 1])).tolist()
+    [1.0, 0.0]
+    """
+    return (logits.argmax(-1) == labels).astype(jnp.float32)
+
+
+def pairs(metrics: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Every metric as (sum, weight): a scalar counts once."""
+    out = {}
+    for name, value in metrics.items():
+        total, weight = value if isinstance(value, tuple) else (value, 1.0)
+        total = jnp.asarray(total)
+        dtype = jnp.promote_types(total.dtype, jnp.float32)
+        out[name] = (total.astype(dtype), jnp.asarray(weight).astype(dtype))
+    return out
+
+
+def means(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+    """{name: sum / weight}; a metric of weight 0 has nothing to report and is left out.
+
+    >>> means({"loss": (6.0, 4.0), "reward": (0.0, 0.0)})
+    {'loss': 1.5}
+    """
+    return {k: float(s) / float(w) for k, (s, w) in sums.items() if float(w) != 0}
+
+
+def empty_window(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `accumulate` sums into; for shapes, under ``jax.eval_shape``."""
+    return {"sums": jax.tree.map(jnp.zeros_like, pairs(values)), "bad": jnp.int32(0)}
+
+
+def accumulate(
+    window: Mapping[str, Any], values: Mapping[str, Any], position: jax.Array, length: int
+) -> dict[str, Any]:
+    """A log window after one more step; it begins anew every `length` steps.
+
+    "bad" keeps the first step whose metrics were not finite (steps count from 1), which a sum
+    alone could not name.
+    """
+    new = pairs(values)
+    begins = position % length == 0
+    sums = jax.tree.map(lambda old, x: jnp.where(begins, 0, old) + x, window["sums"], new)
+    finite = jnp.stack([jnp.isfinite(x) for x in jax.tree.leaves(new)] + [jnp.bool_(True)]).all()
+    bad = jnp.where(finite | (window["bad"] > 0), window["bad"], position + 1)
+    return {"sums": sums, "bad": bad}
+
+
+def check_window(window: Mapping[str, Any]) -> None:
+    """Raises FloatingPointError naming the step and the metrics of a window that went bad."""
+    if int(window["bad"]) > 0:
+        names = [k for k, v in window["sums"].items() if not np.isfinite(v).all()]
+        raise FloatingPointError(
+            f"{' and '.join(names) or 'a metric'} not finite at step {int(window['bad'])}"
+        )
+
+
+def evaluator(
+    measure: Callable[[Any, Any], Mapping[str, Any]],
+    arrays: Mapping[str, np.ndarray] | Callable[[], Mapping[str, np.ndarray]],
+    batch_size: int,
+) -> Callable[[Any], dict[str, float]]:
+    """state -> {metric: mean over all examples}, exact whatever the batch size.
+
+    Args:
+      measure: (state, batch) -> {name: (B,) values, or ((B,) values, (B,) weights)}; pure.
+      arrays: {name: (N, ...)}, or a function that opens them when they are first needed.
+      batch_size: B; the last batch is padded with its first row and masked.
+
+    >>> mean = evaluator(lambda state, batch: {"x": batch["x"]}, {"x": np.arange(5.0)}, 2)
+    >>> mean(None)
+    {'x': 2.0}
+    """
+
+    @jax.jit
+    def sums(state, batch, mask):
+        out = {}
+        for name, value in measure(state, batch).items():
+            value, weight = value if isinstance(value, tuple) else (value, jnp.ones_like(value))
+            weight = weight * mask.astype(weight.dtype)
+            # where, not a product: a padded row may hold NaN and NaN x 0 is NaN.
+            out[name] = (jnp.where(weight > 0, value * weight, 0).sum(), weight.sum())
+        return out
+
+    def evaluate(state: Any) -> dict[str, float]:
+        total: dict[str, tuple[float, float]] = {}
+        for batch, mask in padded(arrays() if callable(arrays) else arrays, batch_size):
+            mesh = jax.sharding.get_mesh()  # set by fit: unsharded, every device would do it all
+            if not mesh.empty:
+                sharding.check_batch(batch, mesh)
+                batch, mask = sharding.put((batch, mask), mesh)
+            for name, (s, w) in jax.device_get(sums(state, batch, mask)).items():
+                a, b = total.get(name, (0.0, 0.0))
+                total[name] = (a + float(s), b + float(w))
+        return means(total)
+
+    return evaluate
+
+
+def padded(
+    arrays: Mapping[str, np.ndarray], batch_size: int
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Batches of one fixed size in order, each with its (B,) float32 mask: 0 where padded."""
+    n = len(next(iter(arrays.values())))
+    if n == 0:
+        raise BadInput("the evaluation set is empty: there is nothing to measure")
+    for start in range(0, n, batch_size):
+        index = np.arange(start, start + batch_size)
+        mask = (index < n).astype(np.float32)
+        index = np.where(index < n, index, start)
+        yield {k: v[index] for k, v in arrays.items()}, mask

@@ -1,0 +1,52 @@
+"""Loss functions for `dlx.make_step` that several models share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Variables = Any
+
+
+def classification(
+    module: Any,
+    *,
+    label_smoothing: float = 0.0,
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> Callable[..., tuple[jax.Array, tuple[Any, dict[str, Any]]]]:
+    """Cross-entropy of a linen classifier, as a loss_fn.
+
+    Args:
+      module: (images, train) -> logits (B, C), with dropout and batch statistics as it likes.
+      label_smoothing: e in [0, 1): targets are (1 - e) one-hot + e / C.
+      augment: (key, images) -> images, within the compiled step.
+
+    Returns:
+      loss_fn(params, model_state, batch, key) of a batch {"image": (B, ...), "label": (B,)}; its
+      metric is the accuracy on the (augmented) batch.
+    """
+
+    def loss_fn(params, model_state, batch, key):
+        dropout, augmentation = jax.random.split(key)
+        image, label = batch["image"], batch["label"]
+        if augment is not None:
+            image = augment(augmentation, image)
+        logits, model_state = module.apply(
+            {"params": params, **model_state},
+            image,
+            train=True,
+            rngs={"dropout": dropout},
+            mutable=list(model_state),
+        )  # (B, C)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        target = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
+        target = optax.smooth_labels(target, label_smoothing)
+        loss = optax.softmax_cross_entropy(logits, target).mean()
+        hit = (logits.argmax(-1) == label).astype(jnp.float32)
+        return loss, (model_state, {"accuracy": hit.mean()})
+
+    return loss_fn

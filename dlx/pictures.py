@@ -1,0 +1,81 @@
+"""Pictures as arrays: every function gives (height, width, 3) uint8, ready for a PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def figure(width: float, height: float) -> Any:
+    """A matplotlib figure of that many inches that belongs to no window."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(fig)
+    return fig
+
+
+def array(fig: Any) -> np.ndarray:
+    """A figure as (height, width, 3) uint8."""
+    fig.canvas.draw()
+    return np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()
+
+
+def curves(rows: Iterable[Mapping[str, float]]) -> np.ndarray:
+    """Learning curves: a panel a metric, training and evaluations in it together."""
+    rows = list(rows)
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            group, _, metric = name.partition("/")
+            if metric and group != "test":
+                lines.setdefault(metric, {}).setdefault(group, []).append((row["step"], value))
+    fig = figure(4.5 * max(len(lines), 1), 3.4)
+    panels = fig.subplots(1, max(len(lines), 1), squeeze=False)[0]
+    for panel, (metric, groups) in zip(panels, lines.items(), strict=False):
+        for group, points in groups.items():
+            x, y = zip(*points, strict=True)
+            panel.plot(x, y, label=group, marker="." if len(x) < 30 else None)
+        positive = [v for points in groups.values() for _, v in points if v > 0]
+        if "loss" in metric and positive and max(positive) > 20 * min(positive):
+            panel.set_yscale("log")
+        panel.set(title=metric, xlabel="step")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    return array(fig)
+
+
+def confusion(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Confusion matrix: rows are the true classes, columns the predicted ones, counts inside."""
+    n = len(names)
+    counts = np.zeros((n, n), int)
+    np.add.at(counts, (labels, predicted), 1)
+    fig = figure(0.45 * n + 1.5, 0.45 * n + 1.5)
+    panel = fig.subplots()
+    # Colour by row share, so that a rare class is as visible as a common one.
+    panel.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+    for i, j in zip(*np.nonzero(counts), strict=True):
+        panel.text(j, i, counts[i, j], ha="center", va="center", fontsize=8,
+                   color="white" if counts[i, j] > counts[i].sum() / 2 else "black")  # fmt: skip
+    panel.set(xticks=range(n), yticks=range(n), xticklabels=names, yticklabels=names)
+    panel.set(xlabel="predicted", ylabel="true", title=f"{(labels != predicted).sum()} of "
+              f"{len(labels)} wrong")  # fmt: skip
+    return array(fig)
+
+
+def grid(images: np.ndarray, titles: Sequence[str], wrong: Sequence[bool] = ()) -> np.ndarray:
+    """Images (N, H, W) or (N, H, W, 3) in a near-square grid; the titles of wrong ones are red."""
+    columns = int(np.ceil(np.sqrt(len(images))))
+    lines = -(-len(images) // columns)
+    fig = figure(1.1 * columns, 1.3 * lines)
+    panels = fig.subplots(lines, columns, squeeze=False).ravel()
+    for panel in panels:
+        panel.axis("off")
+    for i, image in enumerate(images):
+        panels[i].imshow(image, cmap="gray_r")
+        red = i < len(wrong) and wrong[i]
+        panels[i].set_title(titles[i], fontsize=8, color="red" if red else "black")
+    return array(fig)
