@@ -274,14 +274,14 @@ def _train(name, build, config, flags, folder, preset) -> None:
     if (folder / "result.json").exists() and not flags.fresh:
         with guard.lock(folder):
             guard.check_config(folder, whole)
-        writers_say(f"{folder} is complete; --fresh trains it anew")
+        _say(f"{folder} is complete; --fresh trains it anew")
         _report(name, folder)
         return
     import jax
 
-    writers_say(f"{name}: preset {preset}, seed {config.run.seed}, {config.run.steps:,} steps on "
+    _say(f"{name}: preset {preset}, seed {config.run.seed}, {config.run.steps:,} steps on "
                 f"{jax.device_count()} x {jax.devices()[0].device_kind}")  # fmt: skip
-    writers_say(f"compilation cache: {jax.config.jax_compilation_cache_dir}")
+    _say(f"compilation cache: {jax.config.jax_compilation_cache_dir}")
     state = None
     parts = runs.phases(build(config), config, folder)
     with contextlib.ExitStack() as stack:
@@ -290,7 +290,7 @@ def _train(name, build, config, flags, folder, preset) -> None:
             guard.check_config(folder, whole, flags.fresh)
         for place, run, make in parts:
             if len(parts) > 1:
-                writers_say(f"phase {place.name}: {run.steps:,} steps")
+                _say(f"phase {place.name}: {run.steps:,} steps")
             state, _ = loop.fit(
                 make(state), run, workdir=place, config=whole, fresh=flags.fresh,
                 given=state, mesh=mesh, profile=flags.profile,
@@ -300,7 +300,7 @@ def _train(name, build, config, flags, folder, preset) -> None:
     _report(name, folder)
 
 
-def writers_say(text: str) -> None:
+def _say(text: str) -> None:
     print(text, flush=True)
 
 
@@ -314,7 +314,8 @@ def _report(name: str, folder: Path) -> None:
 
     result = guard.read_json(folder / "result.json")
     print(f"{name}: result at step {result['step']} of {result['steps']}, seed {result['seed']}")
-    for key, value in {**result["validation"], **{f"test/{k}": v for k, v in result["test"].items()}}.items():
+    tested = {f"test/{k}": v for k, v in result["test"].items()}
+    for key, value in {**result["validation"], **tested}.items():
         print(f"  {key:32} {value:.4f}")
     print(f"everything is in {folder}/ (README.txt says what), pictures in {folder / 'pictures'}/")
 
@@ -336,10 +337,12 @@ def _chosen(name, build, config, flags, folder, preset):
 def _eval(name, build, config, flags, folder, preset) -> None:
     import jax
 
+    from dlx import loop
+
     experiment, state, mesh = _chosen(name, build, config, flags, folder, preset)
     with jax.set_mesh(mesh):
         if flags.split == "validation":
-            results = {f"{g}/{k}": v for g, f in experiment.evals.items() for k, v in f(state).items()}
+            results = loop.evaluate(experiment, state)
         elif experiment.test is None:
             raise BadInput(f"{name} has no test set: leave out --split")
         else:

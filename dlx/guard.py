@@ -51,12 +51,13 @@ def lock(folder: Path) -> Iterator[None]:
     """
     import fcntl
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")
-    except OSError as e:
-        raise BadInput(f"cannot write to {folder}: {e.strerror}; choose another --workdir") from e
-    with file:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / ".lock", "a+"))
+        except OSError as e:
+            why = f"cannot write to {folder}: {e.strerror}"
+            raise BadInput(f"{why}; choose another --workdir") from e
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -179,7 +179,11 @@ def _train(experiment, run, folder, mesh, log, table, carry, batches, profile):
             due = done == run.steps or (done > 0 and done % run.eval_every == 0)
             if evaluated := due and done not in table:
                 log.flush()
-                results = _evaluate(experiment, run, box[0][0], mesh)
+                with jax.set_mesh(mesh):
+                    results = evaluate(experiment, box[0][0])
+                if run.best is not None and run.best[0] not in results:
+                    names = ", ".join(results)
+                    raise BadInput(f"best names {run.best[0]!r} and the evaluations give {names}")
                 log.emit(done, "eval", results)
                 table[done] = results
             best = best_step(table, run.best)
@@ -292,14 +296,13 @@ def _check_step(experiment: Experiment, abstract: Any, batch: Any) -> Any:
     return empty
 
 
-def _evaluate(experiment: Experiment, run: Run, state: Any, mesh: Any) -> dict[str, float]:
-    results = {}
-    with jax.set_mesh(mesh):
-        for name, evaluate in experiment.evals.items():
-            results |= {f"{name}/{k}": float(v) for k, v in evaluate(state).items()}
-    if run.best is not None and run.best[0] not in results:
-        raise BadInput(f"best names {run.best[0]!r} and the evaluations give {', '.join(results)}")
-    return results
+def evaluate(experiment: Experiment, state: Any) -> dict[str, float]:
+    """All evaluations of a state: {"validation/accuracy": 0.99, ...}."""
+    return {
+        f"{name}/{k}": float(v)
+        for name, measure in experiment.evals.items()
+        for k, v in measure(state).items()
+    }
 
 
 def _draw(experiment: Experiment, state: Any, mesh: Any, folder: Path | None, suffix: str) -> None:

@@ -91,7 +91,8 @@ def find(folder: Path, run: Run) -> tuple[int, dict[str, Any] | None, dict[tuple
     for row in writers.read(log):
         group = next((name.split("/")[0] for name in row if name != "step"), "")
         rows[int(row["step"]), group if group in ("train", "test") else "eval"] = row
-    return *(found or (0, None)), rows
+    step, record = found or (0, None)
+    return step, record, rows
 
 
 # ---- Loading -----------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ class Loaded(NamedTuple):
 
 def load(
     run_folder: str | Path,
-    build: Callable[[Any], Experiment] | None = None,
+    build: Callable[[Any], Any] | None = None,
     config_class: type | None = None,
 ) -> Loaded:
     """A run folder -> its configuration, variables and predict function.

@@ -59,9 +59,7 @@ def path_of(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def shardings(
-    abstract: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = ()
-) -> Any:
+def shardings(abstract: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = ()) -> Any:
     """A NamedSharding for every leaf of a state.
 
     The first rule whose regular expression is found in the leaf's path decides. Optimizer state

@@ -151,7 +151,7 @@ def make_step(
     def step(state: TrainState, batch: Any, **consts: Any) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(state.key, state.step)
         g, model_state, metrics = gradient(state, batch, key, consts)
-        metrics = {"loss": metrics.pop("loss"), "grad_norm": optax.global_norm(g), **metrics}
+        metrics = {"loss": metrics.pop("loss"), "grad_norm": optax.tree.norm(g), **metrics}
         if clip_norm is not None:
             g, _ = optax.clip_by_global_norm(clip_norm).update(g, optax.EmptyState())
         updates, opt_state = tx.update(g, state.opt_state, state.params)

@@ -147,7 +147,6 @@ def png(path: Path, image: np.ndarray) -> None:
     Image.fromarray(np.asarray(image)).save(path)
 
 
-
 class Log:
     """A run's rows: those written, those still on the device, and who is told of them."""
 

@@ -1,0 +1,37 @@
+"""Tests are strict: 8 devices, no silent promotion of dtype or rank, warnings are errors."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported. Tests that start a process of their own inherit all but the devices.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlx" / "jax-tests"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MPLBACKEND"] = "agg"
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    """One device: what most tests train on."""
+    from dlx import sharding
+
+    return sharding.make_mesh("data=1", jax.devices()[:1])
+
+
+@pytest.fixture
+def x64():
+    """float64 for one test."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
