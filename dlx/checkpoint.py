@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dlx.errors import BadInput
 
@@ -122,7 +123,7 @@ def restore(folder: Path, step: int, record: Mapping[str, Any], abstract: Any) -
     data = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(*_data_shape(x), sharding=_data_sharding(x)), abstract
     )
-    tree = ocp.load(folder.absolute() / str(step), {"state": data})
+    tree = ocp.load(str(folder.absolute() / str(step)), {"state": data})
     return jax.tree.map(_from_data, tree["state"], abstract)
 
 
@@ -193,7 +194,7 @@ class Saver:
         try:
             (self._folder / f"{step}.json").unlink(missing_ok=True)  # first: no record, no trust
             data = {"state": jax.tree.map(_to_data, state)}  # a dict: a state may be one array
-            response = ocp.save_async(path, data, overwrite=True)
+            response = ocp.save_async(str(path), data, overwrite=True)
             record |= {"format": FORMAT, "leaves": spec(state)}
             del state, data
             copied.set()
@@ -242,7 +243,7 @@ _IMPL = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg
 
 
 def _is_key(x: Any) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _to_data(x: Any) -> Any:

@@ -255,7 +255,8 @@ def _setup(flags: Flags) -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "dlx" / "jax"))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(base) / "dlx" / "jax")
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if flags.data_dir:
@@ -281,7 +282,7 @@ def _train(name, build, config, flags, folder, preset) -> None:
 
     _say(f"{name}: preset {preset}, seed {config.run.seed}, {config.run.steps:,} steps on "
                 f"{jax.device_count()} x {jax.devices()[0].device_kind}")  # fmt: skip
-    _say(f"compilation cache: {jax.config.jax_compilation_cache_dir}")
+    _say(f"compilation cache: {os.environ['JAX_COMPILATION_CACHE_DIR']}")
     state = None
     parts = runs.phases(build(config), config, folder)
     with contextlib.ExitStack() as stack:
@@ -296,7 +297,8 @@ def _train(name, build, config, flags, folder, preset) -> None:
                 given=state, mesh=mesh, profile=flags.profile,
             )  # fmt: skip
         if len(parts) > 1:
-            guard.write_json(folder / "result.json", guard.read_json(place / "result.json"))
+            last = parts[-1][0] / "result.json"
+            guard.write_json(folder / "result.json", guard.read_json(last))
     _report(name, folder)
 
 
@@ -326,10 +328,8 @@ def _chosen(name, build, config, flags, folder, preset):
 
     stored = runs.config_of(folder)
     guard.check_config(folder, _config_dict(name, preset, config) | {"preset": stored["preset"]})
-    mesh, state, experiment, step = sharding.make_mesh(flags.mesh), None, None, 0
-    for place, run, make in runs.phases(build(config), config, folder):
-        experiment = make(state)
-        state, step = runs.chosen_state(place, experiment, run, given=state, mesh=mesh)
+    mesh = sharding.make_mesh(flags.mesh)
+    experiment, state, step = runs.restore(build(config), config, folder, mesh)
     print(f"{folder}: checkpoint of step {step}")
     return experiment, state, mesh
 

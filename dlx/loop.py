@@ -85,7 +85,7 @@ def fit(
         return _fit(experiment, run, folder, given, mesh, writers, profile)
 
 
-def _fit(experiment, run, folder, given, mesh, writers, profile):
+def _fit(experiment: Experiment, run: Run, folder: Any, given, mesh, writers, profile):
     # ---- Shapes: what can be wrong is found before anything compiles ----
     if run.best is not None and run.best[0].split("/")[0] not in experiment.evals:
         raise BadInput(
@@ -116,7 +116,7 @@ def _fit(experiment, run, folder, given, mesh, writers, profile):
         guard.check_disk(folder, abstract)
         environment = guard.environment() | {"mesh": dict(mesh.shape)}
         guard.write_json(folder / "environment.json", environment)
-    if record is not None:
+    if folder is not None and record is not None:
         say(f"resuming {folder} at step {start}")
         state = checkpoint.restore(folder / "checkpoints", start, record, abstract)
         window = runs.window_from(record["window"], empty)
@@ -144,18 +144,22 @@ def _fit(experiment, run, folder, given, mesh, writers, profile):
 # ---- The loop ----------------------------------------------------------------------------------
 
 
-def _train(experiment, run, folder, mesh, log, table, carry, batches, profile):
+def _train(
+    experiment: Experiment, run: Run, folder: Any, mesh, log, table, carry, batches, profile
+):
     """Steps until `run.steps` or Ctrl-C -> (state, best state where there is no folder, whether
     the run is complete). Fills `table`, {step: evaluation}, and `log`."""
     box = [carry]  # (state, log window, position): one consistent set, whenever an interrupt comes
-    done = saved = int(carry[2])
+    done: int = int(carry[2])
+    saved: int = done
     best_state = None
-    saver = None
+    saver: Any = None
     if folder is not None:
         saver = checkpoint.Saver(folder / "checkpoints", runs.keeper(run), say)
 
     def save(amend: bool = False) -> None:
         nonlocal saved
+        assert folder is not None
         state, window, _ = box[0]
         log.flush()  # first: the record knows how long the log is
         window = jax.device_get(window)
@@ -225,7 +229,7 @@ def _train(experiment, run, folder, mesh, log, table, carry, batches, profile):
         state, _, position = box[0]
         if any(x.is_deleted() for x in jax.tree.leaves(state)):  # only in a call that compiles
             say("stopped within a step: the last checkpoint stands")
-        elif saver is not None:
+        elif folder is not None:
             done = int(position)
             log.flush()
             log.rewrite(folder / "metrics.jsonl")

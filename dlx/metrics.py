@@ -82,7 +82,8 @@ def evaluator(
     Args:
       measure: (state, batch) -> {name: (B,) values, or ((B,) values, (B,) weights)}; pure.
       arrays: {name: (N, ...)}, or a function that opens them when they are first needed.
-      batch_size: B; the last batch is padded with its first row and masked.
+      batch_size: B, rounded up to a multiple of the devices; the last batch is padded with its
+        first row and masked.
 
     >>> mean = evaluator(lambda state, batch: {"x": batch["x"]}, {"x": np.arange(5.0)}, 2)
     >>> mean(None)
@@ -101,10 +102,11 @@ def evaluator(
 
     def evaluate(state: Any) -> dict[str, float]:
         total: dict[str, tuple[float, float]] = {}
-        for batch, mask in padded(arrays() if callable(arrays) else arrays, batch_size):
-            mesh = jax.sharding.get_mesh()  # set by fit: unsharded, every device would do it all
+        mesh = jax.sharding.get_mesh()  # set by fit: unsharded, every device would do all the work
+        shares = 1 if mesh.empty else sharding.shares(mesh)
+        size = -(-batch_size // shares) * shares
+        for batch, mask in padded(arrays() if callable(arrays) else arrays, size):
             if not mesh.empty:
-                sharding.check_batch(batch, mesh)
                 batch, mask = sharding.put((batch, mask), mesh)
             for name, (s, w) in jax.device_get(sums(state, batch, mask)).items():
                 a, b = total.get(name, (0.0, 0.0))

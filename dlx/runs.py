@@ -133,13 +133,9 @@ def load(
     if build is None or config_class is None:
         module = find_experiment(stored.get("experiment", ""))
         build, config_class = module.build, module.Config
+    assert build is not None and config_class is not None
     config = structure(stored["config"], config_class, folder / "config.json")
-    state = experiment = None
-    step = 0
-    for place, run, make in phases(build(config), config, folder):
-        experiment = make(state)
-        state, step = chosen_state(place, experiment, run, given=state)
-    assert experiment is not None
+    experiment, state, step = restore(build(config), config, folder)
     apply = None if experiment.predict is None else jax.jit(experiment.predict)
 
     def predict(inputs: Any) -> Any:
@@ -163,6 +159,18 @@ def phases(
     if isinstance(built, Experiment):
         return [(folder, config.run, lambda previous: built)]
     return [(folder / name, run, make) for name, (run, make) in built.items()]
+
+
+def restore(
+    built: Any, config: Any, folder: Path, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Experiment, Any, int]:
+    """(experiment, its state, step) of a trained run: of its last phase where it has several."""
+    experiment: Any = None
+    state, step = None, 0
+    for place, run, make in phases(built, config, folder):
+        experiment = make(state)
+        state, step = chosen_state(place, experiment, run, given=state, mesh=mesh)
+    return experiment, state, step
 
 
 def chosen_state(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -22,7 +23,7 @@ BATCH = ("data", "fsdp")  # the axes that split a batch
 SMALL = 1024  # leaves with fewer elements are replicated: splitting them costs more than it saves
 
 
-def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(spec: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh (data, fsdp, tensor) from text like ``"data=4,fsdp=2"``; empty: all on `data`.
 
     Raises:
@@ -57,6 +58,11 @@ def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Me
 def path_of(path: Any) -> str:
     """A leaf's path as rules and messages see it: ``opt_state/0/mu/dense/kernel``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_key(x: Any) -> bool:
+    """Whether an array holds PRNG keys."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def shardings(abstract: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = ()) -> Any:
@@ -97,7 +103,7 @@ def shardings(abstract: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpe
                 used.add(regex)
                 spec = candidate
                 break
-        small = math.prod(shape) < SMALL or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        small = math.prod(shape) < SMALL or is_key(leaf)
         if small:
             spec = PartitionSpec()
         elif spec is None:
@@ -154,6 +160,11 @@ def put(batch: Any, mesh: Mesh, lead: int = 0) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
 
 
+def shares(mesh: Mesh) -> int:
+    """Into how many parts the mesh splits a batch."""
+    return math.prod(mesh.shape[a] for a in BATCH)
+
+
 def check_batch(batch: Any, mesh: Mesh) -> int:
     """The number of examples in a global batch, which must divide over the mesh.
 
@@ -168,10 +179,9 @@ def check_batch(batch: Any, mesh: Mesh) -> int:
     if len(sizes) > 1:
         raise BadInput(f"batch leaves disagree on the batch size: {shapes}"[:200])
     size = sizes.pop() if sizes else 0
-    shares = math.prod(mesh.shape[a] for a in BATCH)
-    if size % shares:
+    if size % shares(mesh):
         raise BadInput(
-            f"a batch of {size} does not divide over data x fsdp = {shares} devices: "
-            f"use a multiple of {shares}, or another --mesh"
+            f"a batch of {size} does not divide over data x fsdp = {shares(mesh)} devices: "
+            f"use a multiple of {shares(mesh)}, or another --mesh"
         )
     return size

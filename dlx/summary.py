@@ -27,10 +27,12 @@ def flops(jaxpr: jex.Jaxpr) -> tuple[int, bool]:
     total, exact = 0, True
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
+        ins: Any = [v.aval for v in eqn.invars]
+        outs: Any = [v.aval for v in eqn.outvars]
         if name == "dot_general":
             (contract, _), _ = params["dimension_numbers"]
-            depth = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
-            total += 2 * eqn.outvars[0].aval.size * depth
+            depth = math.prod(ins[0].shape[d] for d in contract)
+            total += 2 * outs[0].size * depth
         elif name == "conv_general_dilated":
             total += _convolution(eqn)
         elif name == "cond":

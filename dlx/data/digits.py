@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -27,12 +28,12 @@ def load() -> dict[str, dict[str, np.ndarray]]:
     """
     from sklearn.datasets import load_digits
 
-    raw = load_digits()
+    raw: Any = load_digits()
     images, labels = raw.images.astype(np.uint8), raw.target.astype(np.int32)  # (N, 8, 8), (N,)
     digest = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
     parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for c in range(CLASSES):
-        order = sorted(np.flatnonzero(labels == c), key=lambda i: digest[i])
+        order = sorted(np.flatnonzero(labels == c).tolist(), key=lambda i: digest[i])
         parts["test"] += order[:TEST]
         parts["validation"] += order[TEST : TEST + VALIDATION]
         parts["train"] += order[TEST + VALIDATION :]
