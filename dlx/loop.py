@@ -229,7 +229,7 @@ def _train(
         state, _, position = box[0]
         if any(x.is_deleted() for x in jax.tree.leaves(state)):  # only in a call that compiles
             say("stopped within a step: the last checkpoint stands")
-        elif folder is not None:
+        elif saver is not None and folder is not None:
             done = int(position)
             log.flush()
             log.rewrite(folder / "metrics.jsonl")

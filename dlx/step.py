@@ -111,31 +111,30 @@ def make_step(
             params, batch = _cast(params, compute_dtype), _cast(batch, compute_dtype)
         value, (new, metrics) = loss_fn(params, model_state, batch, key, **consts)
         new = jax.tree.map(lambda a, old: a.astype(old.dtype), new, model_state)
-        metrics = jax.tree.map(_wide, dict(metrics))
-        examples = jax.tree.leaves(batch)[0].shape[0] if jax.tree.leaves(batch) else 1
-        weight = metrics.pop("weight", jnp.float32(examples))
-        return _wide(value), (new, metrics, weight)
+        value, metrics = _wide(value), jax.tree.map(_wide, dict(metrics))
+        if "weight" in metrics:
+            w = metrics.pop("weight")
+            metrics = {"loss": (value * w.astype(value.dtype), w), **metrics}
+        else:
+            examples = jax.tree.leaves(batch)[0].shape[0] if jax.tree.leaves(batch) else 1
+            w = jnp.float32(examples)
+            metrics = {"loss": value, **metrics}
+        return value, (new, metrics, w)
 
-    grad_fn = jax.value_and_grad(loss, has_aux=True)
+    grad_fn = jax.grad(loss, has_aux=True)
 
     def gradient(state, batch, key, consts):
         """-> (gradient of the mean loss, model_state, metrics with the loss)."""
         if accumulate == 1:
-            (value, (new, metrics, w)), g = grad_fn(
-                state.params, state.model_state, batch, key, consts
-            )
-            return g, new, {"loss": (value * w.astype(value.dtype), w), **metrics}
+            g, (new, metrics, _) = grad_fn(state.params, state.model_state, batch, key, consts)
+            return g, new, metrics
 
         def one(model_state, i, part):
-            """A micro-batch's (model_state, sums): what is a mean counts by its weight."""
-            (value, (new, metrics, w)), g = grad_fn(
+            """A micro-batch's (model_state, sums): what is a mean counts by its weight w."""
+            g, (new, metrics, w) = grad_fn(
                 state.params, model_state, part, jax.random.fold_in(key, i), consts
             )
-            pairs = {
-                k: v if isinstance(v, tuple) else (v * w.astype(v.dtype), w)
-                for k, v in {"loss": value, **metrics}.items()
-            }
-            return new, (jax.tree.map(lambda x: x * w.astype(x.dtype), g), w, pairs)
+            return new, (_times(g, w), _scalars(_times, metrics, w), w)
 
         def add(carry, item):
             model_state, sums = carry
@@ -145,13 +144,13 @@ def make_step(
         items = (jnp.arange(accumulate), jax.tree.map(lambda x: _split(x, accumulate), batch))
         _, shapes = jax.eval_shape(one, state.model_state, *jax.tree.map(lambda x: x[0], items))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (new, (g, w, pairs)), _ = jax.lax.scan(add, (state.model_state, zeros), items)
-        return jax.tree.map(lambda x: x / w.astype(x.dtype), g), new, pairs
+        (new, (g, metrics, w)), _ = jax.lax.scan(add, (state.model_state, zeros), items)
+        return _times(g, 1 / w), new, _scalars(_times, metrics, 1 / w)
 
     def step(state: TrainState, batch: Any, **consts: Any) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(state.key, state.step)
         g, model_state, metrics = gradient(state, batch, key, consts)
-        metrics = {"loss": metrics.pop("loss"), "grad_norm": optax.tree.norm(g), **metrics}
+        metrics = {"grad_norm": optax.tree.norm(g), **metrics}
         if clip_norm is not None:
             g, _ = optax.clip_by_global_norm(clip_norm).update(g, optax.EmptyState())
         updates, opt_state = tx.update(g, state.opt_state, state.params)
@@ -164,6 +163,15 @@ def make_step(
         ), metrics
 
     return step
+
+
+def _times(tree: Any, w: jax.Array) -> Any:
+    return jax.tree.map(lambda x: x * w.astype(x.dtype), tree)
+
+
+def _scalars(f: Callable[..., Any], metrics: dict[str, Any], w: jax.Array) -> dict[str, Any]:
+    """f on the metrics that are means; pairs are sums already."""
+    return {k: v if isinstance(v, tuple) else f(v, w) for k, v in metrics.items()}
 
 
 def _wide(x: Any) -> jax.Array:
