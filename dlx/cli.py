@@ -13,11 +13,12 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,32 +106,30 @@ def parse(
     """
     import tyro
 
+    from dlx.experiment import Run
+
     prog = f"python -m experiments.{name}"
     preset = _preset(args, presets)
     command, rest = "train", _without_preset(args)
     if rest and not rest[0].startswith("-"):
         command, *rest = rest
         if command not in COMMANDS:
-            raise BadInput(f"{command!r} is no command{_nearest(command, COMMANDS)}")
+            hint = f": write --{command.replace('=', ' ')}" if "=" in command else ""
+            raise BadInput(f"{command!r} is no command{hint or _nearest(command, COMMANDS)}")
     default = presets[preset]
     if command in ("eval", "sample"):
         default = _stored(config_class, rest, name) or default
-    args_class = dataclasses.make_dataclass(
-        "Args",
-        [
-            ("config", Annotated[config_class, tyro.conf.arg(name="")]),
-            ("flags", Annotated[Flags, tyro.conf.arg(name="")]),
-        ],
-        frozen=True,
-    )
-    usage = f"{prog} [{'|'.join(COMMANDS)}] [--preset {'|'.join(presets)}]"
-    description = (
-        f"{(config_class.__doc__ or '').strip()}\n\n"
-        f"usage: {usage} [--field value ...]\n"
-        "train (default) trains or resumes; eval reads validation, or --split test; summary "
-        "counts parameters, bytes and FLOPs; sample shows what the model makes.\n"
-        f"--preset sets the defaults below (now: {preset})."
-    )
+    tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Run)  # --steps, not --run.steps
+    bare = tyro.conf.arg(name="")
+    fields = [("config", Annotated[config_class, bare]), ("flags", Annotated[Flags, bare])]
+    args_class = dataclasses.make_dataclass("Args", fields, frozen=True)
+    description = "\n\n".join([
+        (config_class.__doc__ or "").strip(),
+        f"{prog} [{'|'.join(COMMANDS)}] [--preset {'|'.join(presets)}] [--field value ...]",
+        "train (the default) trains, or resumes; eval reads validation, or --split test; summary "
+        "counts parameters, bytes and FLOPs; sample shows what the model makes.",
+        f"--preset sets the defaults of the fields below; these are those of {preset}.",
+    ])  # fmt: skip
 
     def cli(arguments: list[str]) -> Any:
         return tyro.cli(
@@ -144,44 +143,61 @@ def parse(
 
     if "-h" in rest or "--help" in rest:
         cli(["--help"])
-    out, err = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            parsed = cli(rest)
-    except SystemExit:
-        raise BadInput(_one_line(err.getvalue() + out.getvalue(), cli)) from None
+    parsed = None
+    with _captured() as box, contextlib.suppress(SystemExit):
+        parsed = cli(rest)
+    if parsed is None:
+        with _captured() as helped, contextlib.suppress(SystemExit):
+            cli(["--help"])
+        known = sorted({*re.findall(r"--[\w.-]+", _read(helped)), "--preset"})
+        raise BadInput(_one_line(_read(box), rest, known))
     return command, parsed.config, parsed.flags
 
 
-def _one_line(message: str, cli: Callable[[list[str]], Any]) -> str:
-    """tyro's box as one line, with the nearest flag for each that it does not know."""
-    lines = [line.strip("│ ") for line in message.splitlines() if line.startswith("│")]
-    said: list[str] = []
-    for line in lines:
-        if line.startswith("──"):
-            break
-        said.append(line)
-    text = re.sub(r"\[/?bold\]", "", " ".join(filter(None, said)))
-    if not text.startswith("Unrecognized options:"):
-        return text[:180] or "the arguments cannot be read: see --help"
-    words = text.partition(":")[2].split(", ")
-    helped = io.StringIO()
-    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(helped):
-        cli(["--help"])
-    known = sorted({*re.findall(r"--[\w.-]+", helped.getvalue())})
-    unknown = [w.strip() for w in words if w.strip().startswith("--")]
-    if not unknown:
-        word = words[0].strip()
-        key = "--" + word.partition("=")[0].replace("_", "-")
-        hint = f": write {key} {word.partition('=')[2] or 'VALUE'}" if key in known else ""
-        return f"{word!r} is no flag{hint}" + (": flags begin with --" if not hint else "")
-    return "; ".join(f"unknown flag {w}{_nearest(w, known)}" for w in unknown)[:180]
+@contextlib.contextmanager
+def _captured() -> Iterator[io.TextIOWrapper]:
+    """What tyro prints; in UTF-8, so that its boxes look the same everywhere."""
+    text = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        yield text
+
+
+def _read(text: io.TextIOWrapper) -> str:
+    text.seek(0)
+    return text.read()
+
+
+def _one_line(box: str, args: list[str], known: list[str]) -> str:
+    """tyro's box as one line, with the nearest right name for each flag that it does not know."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    blocks = [" ".join(b.split()) for b in re.split(r"\n─+\n", "\n".join(lines))]
+    if blocks[0].startswith("Unrecognized options:"):
+        words = [w.strip() for w in blocks[0].partition(":")[2].split(", ")]
+        unknown = [w for w in words if w.startswith("--")]
+        if not unknown:
+            return _bare_word(words[0], known)
+        return "; ".join(f"unknown flag {w}{_nearest(w, known)}" for w in unknown)[:180]
+    if m := re.match(r"Error parsing (--[\w.-]+)", blocks[0]):
+        given = next((a for a in args if a.replace("_", "-").partition("=")[0] == m[1]), m[1])
+        values = list(itertools.takewhile(lambda a: a[:2] != "--", args[args.index(given) + 1 :]))
+        values = [given.partition("=")[2]] if "=" in given else values
+        kind = lines[lines.index("Argument helptext:") + 1].partition(" ")[2]
+        return f"{m[1]} got {' '.join(values)!r}: give it {kind.removeprefix('{None}|')}"[:180]
+    return re.sub(r"\.$", "", blocks[0])[:150] + ": see --help"
+
+
+def _bare_word(word: str, known: list[str]) -> str:
+    key = "--" + word.partition("=")[0].lstrip("-").replace("_", "-")
+    if key in known:
+        return f"{word!r} is no flag: write {key} {word.partition('=')[2] or 'VALUE'}"
+    return f"{word!r} is no flag: flags begin with -- (see --help)"
 
 
 def _nearest(word: str, known: Any) -> str:
     word = word.partition("=")[0].replace("_", "-")
-    # The last part too: --lr finds --opt.lr.
-    near = [k for k in known if k.split(".")[-1] == word.lstrip("-")]
+    # By a part or the initials too: --lr finds --opt.lr and --learning-rate.
+    bare = word.lstrip("-")
+    near = [k for k in known if bare in (k.split(".")[-1], "".join(re.findall(r"\b\w", k)))]
     near = near or difflib.get_close_matches(word, list(known), 1, 0.5)
     return f": did you mean {near[0]}?" if near else ": see --help"
 

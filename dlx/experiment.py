@@ -59,13 +59,9 @@ class Experiment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """How long a run is and what happens when: a part of every configuration.
+    """How long a run is, and what happens when."""
 
-    `steps_per_call` and `keep` may change when a run is resumed; everything else is the run.
-
-    >>> Run(steps=100, log_every=10).eval_every
-    500
-    """
+    # A part of every configuration. `steps_per_call` and `keep` may change when a run is resumed.
 
     steps: int = 1000  # training steps
     seed: int = 0  # the one seed, of initialisation, data order and every random choice

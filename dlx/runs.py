@@ -229,8 +229,8 @@ def experiments() -> Sequence[str]:
     """The names in the `experiments` folder of the checkout: a closed set, no import path."""
     found = importlib.util.find_spec("experiments")
     places = found.submodule_search_locations if found else None
-    names = {p.stem for place in places or () for p in Path(place).glob("*.py")}
-    return sorted(n for n in names if not n.startswith("_") and n != "publish")
+    files = [p for place in places or () for p in Path(place).glob("*.py")]
+    return sorted(p.stem for p in files if "\nCARD = " in p.read_text())  # not the tools
 
 
 def find_experiment(name: str) -> Any:

@@ -94,7 +94,9 @@ def progress(total: int, first_step: int = 0) -> Writer:
     )
 
     def write(step: int, values: Mapping[str, float]) -> None:
-        shown = {k: v for k, v in values.items() if not is_timing(k)}
+        first = ("loss", "accuracy")  # what people look for
+        names = sorted(values, key=lambda k: k.split("/", 1)[-1] not in first)
+        shown = {k: values[k] for k in names if not is_timing(k)}
         unit = "examples" if "timing/examples_per_second" in values else "steps"
         rate = values.get(f"timing/{unit}_per_second")
         speed = "" if rate is None else f"{rate:,.0f} {unit}/s"

@@ -28,7 +28,8 @@ CARD = {
     "higher_is_better": True,
     "target": 99.3,
     "bar": {"metric": "test/accuracy_svc", "source": "RBF-SVC tuned on the same split"},
-    "reported": None,
+    "also": {"1-nearest-neighbour": "test/accuracy_1nn"},
+    "reported": None,  # the paper's data is another: its figures are the business of MNIST
     "time": "10 s",
 }
 
