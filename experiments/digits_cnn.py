@@ -49,10 +49,8 @@ class Config:
     scale: float = 0.12  # augmentation: log of the stretch, and shear
     shift: float = 1.0  # augmentation: pixels
     ema: float = 0.99  # decay of the averaged parameters that are evaluated
-    run: dlx.Run = dataclasses.field(
-        default_factory=lambda: dlx.Run(
-            steps=1200, eval_every=200, save_every=200, best=("validation/loss", "min")
-        )
+    run: dlx.Run = dlx.Run(
+        steps=1200, eval_every=200, save_every=200, best=("validation/loss", "min")
     )
 
     def __post_init__(self):

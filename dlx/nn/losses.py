@@ -15,29 +15,31 @@ Variables = Any
 def classification(
     module: Any,
     *,
+    inputs: str = "image",
     label_smoothing: float = 0.0,
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Callable[..., tuple[jax.Array, tuple[Any, dict[str, Any]]]]:
     """Cross-entropy of a linen classifier, as a loss_fn.
 
     Args:
-      module: (images, train) -> logits (B, C), with dropout and batch statistics as it likes.
+      module: (inputs, train) -> logits (B, C), with dropout and batch statistics as it likes.
+      inputs: their name in the batch.
       label_smoothing: e in [0, 1): targets are (1 - e) one-hot + e / C.
-      augment: (key, images) -> images, within the compiled step.
+      augment: (key, inputs) -> inputs, within the compiled step.
 
     Returns:
-      loss_fn(params, model_state, batch, key) of a batch {"image": (B, ...), "label": (B,)}; its
+      loss_fn(params, model_state, batch, key) of a batch {inputs: (B, ...), "label": (B,)}; its
       metric is the accuracy on the (augmented) batch.
     """
 
     def loss_fn(params, model_state, batch, key):
         dropout, augmentation = jax.random.split(key)
-        image, label = batch["image"], batch["label"]
+        x, label = batch[inputs], batch["label"]
         if augment is not None:
-            image = augment(augmentation, image)
+            x = augment(augmentation, x)
         logits, model_state = module.apply(
             {"params": params, **model_state},
-            image,
+            x,
             train=True,
             rngs={"dropout": dropout},
             mutable=list(model_state),
