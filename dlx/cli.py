@@ -90,6 +90,8 @@ def _main(config_class, build, presets, args) -> int:
                 run = dataclasses.replace(config.run, seed=seed)
                 place, chosen = folder / f"seed{seed}", dataclasses.replace(config, run=run)
             COMMAND[command](name, build, chosen, flags, place, _preset(args, presets))
+        if command == "train" and seeds is not None and len(seeds) > 1:
+            _spread(name, [folder / f"seed{seed}" for seed in seeds])
     return 0
 
 
@@ -336,6 +338,20 @@ def _report(name: str, folder: Path) -> None:
     for key, value in {**result["validation"], **tested}.items():
         print(f"  {key:32} {value:.4f}")
     print(f"everything is in {folder}/ (README.txt says what), pictures in {folder / 'pictures'}/")
+
+
+def _spread(name: str, folders: list[Path]) -> None:
+    """Mean and standard deviation over seeds."""
+    import statistics
+
+    from dlx import guard
+
+    results = [guard.read_json(f / "result.json") for f in folders]
+    rows = [{**r["validation"], **{f"test/{k}": v for k, v in r["test"].items()}} for r in results]
+    print(f"{name}: {len(rows)} seeds")
+    for key in rows[0]:
+        values = [row[key] for row in rows]
+        print(f"  {key:32} {statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}")
 
 
 def _chosen(name, build, config, flags, folder, preset):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -48,6 +49,44 @@ def curves(rows: Iterable[Mapping[str, float]]) -> np.ndarray:
     return array(fig)
 
 
+def classifier(
+    predict: Callable[[Any, Any], Any],
+    data: Callable[[], Mapping[str, np.ndarray]],
+    names: Sequence[str],
+) -> dict[str, Callable[[Any], np.ndarray]]:
+    """The `pictures` of an image classifier: "confusion", and "mistakes", the 25 images to whose
+    class the network gives the least probability.
+
+    Args:
+      predict: (state, images (N, H, W, C)) -> logits (N, classes).
+      data: opens {"image", "label"}; validation data, for pictures are looked at.
+      names: of the classes.
+    """
+    probabilities = jax.jit(lambda state, image: jax.nn.softmax(predict(state, image)))
+
+    def results(state: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        opened = data()
+        return opened["image"], opened["label"], np.asarray(probabilities(state, opened["image"]))
+
+    def matrix(state: Any) -> np.ndarray:
+        _, label, p = results(state)
+        return confusion(label, p.argmax(-1), names)
+
+    def mistakes(state: Any) -> np.ndarray:
+        image, label, p = results(state)
+        worst = np.argsort(p[np.arange(len(label)), label], kind="stable")[:25]
+        guess, wrong = p.argmax(-1), p.argmax(-1) != label
+        titles = []
+        for i in worst.tolist():
+            true = names[int(label[i])]
+            other = f" taken for {names[int(guess[i])]}"
+            titles.append(true + (other if wrong[i] else f" ({p[i, label[i]]:.0%})"))
+        shown = image[worst, ..., 0] if image.shape[-1] == 1 else image[worst]
+        return grid(shown, titles, wrong[worst].tolist())
+
+    return {"confusion": matrix, "mistakes": mistakes}
+
+
 def confusion(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Confusion matrix: rows are the true classes, columns the predicted ones, counts inside."""
     n = len(names)
@@ -70,12 +109,12 @@ def grid(images: np.ndarray, titles: Sequence[str], wrong: Sequence[bool] = ()) 
     """Images (N, H, W) or (N, H, W, 3) in a near-square grid; the titles of wrong ones are red."""
     columns = int(np.ceil(np.sqrt(len(images))))
     lines = -(-len(images) // columns)
-    fig = figure(1.1 * columns, 1.3 * lines)
+    fig = figure(1.3 * columns, 1.4 * lines)
     panels = fig.subplots(lines, columns, squeeze=False).ravel()
     for panel in panels:
         panel.axis("off")
     for i, image in enumerate(images):
         panels[i].imshow(image, cmap="gray_r")
         red = i < len(wrong) and wrong[i]
-        panels[i].set_title(titles[i], fontsize=8, color="red" if red else "black")
+        panels[i].set_title(titles[i], fontsize=7, color="red" if red else "black")
     return array(fig)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import dlx
-from dlx import metrics
+from dlx import metrics, pictures
 from dlx.data import arrays, digits, images
 from dlx.models import cnn
 from dlx.nn import losses
@@ -115,6 +115,7 @@ def build(config: Config) -> dlx.Experiment:
         data=arrays.batches(part("train"), config.batch_size, config.run.seed),
         evals={"validation": metrics.evaluator(measure, part("validation"), 180)},
         test=functools.partial(test, metrics.evaluator(measure, part("test"), 360)),
+        pictures=pictures.classifier(predict, part("validation"), "0123456789"),
         predict=predict,
     )
 
