@@ -131,7 +131,7 @@ def _fit(experiment: Experiment, run: Run, folder: Any, given, mesh, writers, pr
         writers = [writers_lib.progress(run.steps, start)]
     if folder is not None:
         writers = [*writers, *writers_lib.files(folder, start)]
-    log = writers_lib.Log(rows, list(writers), start, size)
+    log = writers_lib.Log(rows, list(writers), size)
     table = {} if record is None else runs.evaluations(record)
     state, best, complete = _train(
         experiment, run, folder, mesh, log, table, carry, batches, profile
@@ -179,29 +179,32 @@ def _train(
     trace = writers_lib.Profile(folder / "profile" if profile and folder is not None else None)
     try:
         while True:
-            # 1. Evaluate the state as it stands.
-            due = done == run.steps or (done > 0 and done % run.eval_every == 0)
-            if evaluated := due and done not in table:
-                log.flush()
-                with jax.set_mesh(mesh):
-                    results = evaluate(experiment, box[0][0])
-                if run.best is not None and run.best[0] not in results:
-                    names = ", ".join(results)
-                    raise BadInput(f"best names {run.best[0]!r} and the evaluations give {names}")
-                log.emit(done, "eval", results)
-                table[done] = results
-            best = best_step(table, run.best)
+            with log.paused():
+                # 1. Evaluate the state as it stands.
+                due = done == run.steps or (done > 0 and done % run.eval_every == 0)
+                if evaluated := due and done not in table:
+                    log.flush()
+                    with jax.set_mesh(mesh):
+                        results = evaluate(experiment, box[0][0])
+                    if run.best is not None and run.best[0] not in results:
+                        names = ", ".join(results)
+                        raise BadInput(
+                            f"best names {run.best[0]!r} and the evaluations give {names}"
+                        )
+                    table[done] = results
+                    log.emit(done, "eval", results)
+                best = best_step(table, run.best)
 
-            # 2. Save it; an evaluation that came after the save goes into its record.
-            if saver is not None and done > 0:
-                if done != saved and (done % run.save_every == 0 or done in (run.steps, best)):
-                    save()
-                elif done == saved and evaluated:
-                    save(amend=True)
-            elif evaluated and done == best:
-                best_state = jax.tree.map(jnp.copy, box[0][0])
-            if run.picture_every and done > 0 and done % run.picture_every == 0:
-                _draw(experiment, box[0][0], mesh, folder, f"_{done:07d}")
+                # 2. Save it; an evaluation that came after the save goes into its record.
+                if saver is not None and done > 0:
+                    if done != saved and (done % run.save_every == 0 or done in (run.steps, best)):
+                        save()
+                    elif done == saved and evaluated:
+                        save(amend=True)
+                elif evaluated and done == best:
+                    best_state = jax.tree.map(jnp.copy, box[0][0])
+                if run.picture_every and done > 0 and done % run.picture_every == 0:
+                    _draw(experiment, box[0][0], mesh, folder, f"_{done:07d}")
             if done >= run.steps:
                 break
 
@@ -226,12 +229,18 @@ def _train(
             saver.wait()
         return box[0][0], best_state, True
     except KeyboardInterrupt as stop:
-        state, _, position = box[0]
+        # It may have come between any two lines above: the rows of this step are told again, and
+        # what the log has already it leaves out.
+        state, window, position = box[0]
         if any(x.is_deleted() for x in jax.tree.leaves(state)):  # only in a call that compiles
             say("stopped within a step: the last checkpoint stands")
         elif saver is not None and folder is not None:
             done = int(position)
+            if done % run.log_every == 0 or done == run.steps:
+                log.later(done, window)
             log.flush()
+            if done in table:
+                log.emit(done, "eval", table[done])
             log.rewrite(folder / "metrics.jsonl")
             if done != saved:
                 save()

@@ -7,11 +7,13 @@ writer of your own is a function; Weights & Biases, for one, is
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ def progress(total: int, first_step: int = 0) -> Writer:
         unit="step",
         dynamic_ncols=True,
         leave=False,
-        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {postfix} {remaining} left",
+        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left",
     )
 
     def write(step: int, values: Mapping[str, float]) -> None:
@@ -100,10 +102,10 @@ def progress(total: int, first_step: int = 0) -> Writer:
         unit = "examples" if "timing/examples_per_second" in values else "steps"
         rate = values.get(f"timing/{unit}_per_second")
         speed = "" if rate is None else f"{rate:,.0f} {unit}/s"
-        if live and rate is not None:
+        if live and any(k.startswith("train/") for k in shown):
             brief = {k.removeprefix("train/"): v for k, v in shown.items()}
             text = [f"{k} {brief[k]:.4g}" for k in ("loss", "accuracy") if k in brief]
-            bar.set_postfix_str("  ".join([*text, speed]), refresh=False)
+            bar.set_postfix_str("  ".join(filter(None, [*text, speed])), refresh=False)
             bar.update(step - bar.n)
         elif shown:
             text = [f"{k.removeprefix('train/')} {v:.4g}" for k, v in shown.items()]
@@ -156,15 +158,14 @@ class Log:
         self,
         rows: Mapping[tuple[int, str], dict[str, float]],
         writers: list[Writer],
-        first_step: int,
         examples: int,
     ):
         """rows: of earlier starts, {(step, kind): row}; examples: a step, 0 where that is none."""
-        self._rows = dict(rows)  # keyed, so that writing a row twice changes nothing
+        self._rows = dict(rows)
         self._pending: list[tuple[int, Any]] = []
         self._writers, self._examples = writers, examples
-        self._begun = time.perf_counter()
-        self._clock = (first_step, self._begun)
+        self._begun, self._idle = time.perf_counter(), 0.0
+        self._marks: collections.deque[tuple[int, float]] = collections.deque(maxlen=8)
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -172,7 +173,9 @@ class Log:
         return list(self._rows.values())
 
     def emit(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """Tells all writers, and keeps what does not depend on the clock."""
+        """Tells all writers, and keeps what does not depend on the clock; a row once only."""
+        if (step, kind) in self._rows:
+            return
         kept = {k: v for k, v in values.items() if not is_timing(k)}
         if kept:
             self._rows[step, kind] = {"step": step, **kept}
@@ -180,8 +183,9 @@ class Log:
             write(step, values)
 
     def later(self, step: int, window: Any) -> None:
-        """A window of metrics that the device may still be computing."""
-        self._pending.append((step, window))
+        """A window of metrics that the device may still be computing; a step's once only."""
+        if (step, "train") not in self._rows and step not in [s for s, _ in self._pending]:
+            self._pending.append((step, window))
 
     def flush(self) -> None:
         """Fetches and writes what is pending.
@@ -193,16 +197,30 @@ class Log:
             step, window = self._pending[0]
             window = jax.device_get(window)
             metrics.check_window(window)
-            now = time.perf_counter()
-            steps, seconds = step - self._clock[0], now - self._clock[1]
-            rate = steps / max(seconds, 1e-9)
-            self._clock = (step, now)
-            timing = {"timing/seconds": now - self._begun, "timing/steps_per_second": rate}
-            if self._examples:
-                timing["timing/examples_per_second"] = rate * self._examples
             values = {f"train/{k}": v for k, v in metrics.means(window["sums"]).items()}
-            self.emit(step, "train", values | timing)
+            self.emit(step, "train", values | self._timing(step))
             self._pending.pop(0)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Evaluations and saves do not count as training time."""
+        begun = time.perf_counter()
+        yield
+        self._idle += time.perf_counter() - begun
+
+    def _timing(self, step: int) -> dict[str, float]:
+        """Speed over the last rows: one alone is blurred, for rows are fetched late. The first
+        row, which compiles, is the mark that the others are measured from."""
+        total = time.perf_counter() - self._begun
+        out = {"timing/seconds": total}
+        if self._marks and total - self._idle > self._marks[0][1]:
+            before, then = self._marks[0]
+            rate = (step - before) / (total - self._idle - then)
+            out["timing/steps_per_second"] = rate
+            if self._examples:
+                out["timing/examples_per_second"] = rate * self._examples
+        self._marks.append((step, total - self._idle))
+        return out
 
     def end(self, step: int) -> None:
         """The last row of timing.jsonl: what this start cost."""
@@ -210,8 +228,7 @@ class Log:
 
     def rewrite(self, path: Path) -> None:
         """All rows anew: an interrupt may have fallen into the writing of one."""
-        rows = ({"step": r["step"], **r} for r in self._rows.values())
-        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        path.write_text("".join(json.dumps(r) + "\n" for r in self._rows.values()))
 
 
 class Profile:
