@@ -50,10 +50,9 @@ def verify(folder: Path, step: int) -> dict[str, Any]:
     path = folder / f"{step}.json"
     try:
         text = path.read_text()
-        sealed = json.loads(text)
-        record = sealed["record"]
-        intact = text == _seal(record)
-    except (OSError, ValueError, KeyError, TypeError):
+        record = json.loads(text)["record"]
+        intact = text == _seal(record) and isinstance(record["format"], int)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         intact, record = False, {}
     if not intact:
         raise Damaged(f"{path} is damaged")
@@ -62,6 +61,8 @@ def verify(folder: Path, step: int) -> dict[str, Any]:
             f"{path} has format {record['format']} and this dlx reads up to {FORMAT}: "
             "update dlx, or choose another --workdir"
         )
+    if not {"files", "leaves"} <= record.keys():
+        raise Damaged(f"{path} is damaged")
     found = _digests(folder / str(step))
     for name in sorted({*found, *record["files"]}):
         if found.get(name) != record["files"].get(name):
@@ -101,6 +102,20 @@ def sweep(folder: Path, notify: Callable[[str], None] = print) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def discard_after(folder: Path, step: int) -> None:
+    """Removes the checkpoints that a run has gone back before: they must not count as newest."""
+    for later in steps(folder):
+        if later > step:
+            _remove(folder, later)
+
+
+def _remove(folder: Path, step: int) -> None:
+    """The record first: without it, what is left is unfinished and swept."""
+    (folder / f"{step}.json").unlink(missing_ok=True)
+    for path in (folder / str(step), *folder.glob(f"{step}.orbax-checkpoint-tmp*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def restore(folder: Path, step: int, record: Mapping[str, Any], abstract: Any) -> Any:
     """The state of a verified step, on the shardings of `abstract` (any mesh).
 
@@ -120,9 +135,7 @@ def restore(folder: Path, step: int, record: Mapping[str, Any], abstract: Any) -
             for k in differ[:3]
         )
         raise BadInput(f"{folder / str(step)} holds another model ({shown}): choose another folder")
-    data = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(*_data_shape(x), sharding=_data_sharding(x)), abstract
-    )
+    data = jax.tree.map(_abstract_data, abstract)
     tree = ocp.load(str(folder.absolute() / str(step)), {"state": data})
     return jax.tree.map(_from_data, tree["state"], abstract)
 
@@ -192,15 +205,15 @@ class Saver:
 
         path = self._folder.absolute() / str(step)
         try:
-            (self._folder / f"{step}.json").unlink(missing_ok=True)  # first: no record, no trust
+            _remove(self._folder, step)
             data = {"state": jax.tree.map(_to_data, state)}  # a dict: a state may be one array
-            response = ocp.save_async(str(path), data, overwrite=True)
+            response = ocp.save_async(str(path), data)
             record |= {"format": FORMAT, "leaves": spec(state)}
             del state, data
             copied.set()
             response.result()
         except Exception:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(self._folder, step)
             raise
         finally:
             copied.set()
@@ -219,8 +232,7 @@ class Saver:
         draft.replace(self._folder / f"{step}.json")
         on_disk = steps(self._folder)
         for old in sorted(set(on_disk) - self._keep(on_disk, record)):
-            (self._folder / f"{old}.json").unlink()
-            shutil.rmtree(self._folder / str(old), ignore_errors=True)
+            _remove(self._folder, old)
 
 
 def _seal(record: Mapping[str, Any]) -> str:
@@ -238,7 +250,8 @@ def _digests(folder: Path) -> dict[str, str]:
     return out
 
 
-# PRNG keys are saved as the integers they are made of: every reader knows integers.
+# PRNG keys are saved as the integers they are made of: every reader knows integers. Of an empty
+# array, which Orbax refuses, a single zero is saved.
 _IMPL = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
 
 
@@ -247,23 +260,25 @@ def _is_key(x: Any) -> bool:
 
 
 def _to_data(x: Any) -> Any:
-    return jax.random.key_data(x) if _is_key(x) else x
+    x = jax.random.key_data(x) if _is_key(x) else x
+    return x if x.size else jnp.zeros((1,), x.dtype)
 
 
 def _from_data(x: Any, like: Any) -> Any:
-    if not _is_key(like):
-        return x
-    return jax.device_put(jax.random.wrap_key_data(x, impl=_IMPL[str(like.dtype)]), like.sharding)
+    if not like.size:
+        x = jnp.zeros(_data_shape(like).shape, x.dtype)
+    if _is_key(like):
+        x = jax.random.wrap_key_data(x, impl=_IMPL[str(like.dtype)])
+    return jax.device_put(x, like.sharding)
 
 
-def _data_shape(x: Any) -> tuple[tuple[int, ...], Any]:
-    if not _is_key(x):
-        return x.shape, x.dtype
-    data = jax.eval_shape(jax.random.key_data, x)
-    return data.shape, data.dtype
+def _data_shape(x: Any) -> Any:
+    return jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
 
 
-def _data_sharding(x: Any) -> Any:
-    if not _is_key(x):
-        return x.sharding
-    return jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())
+def _abstract_data(x: Any) -> Any:
+    """Shape, dtype and place of what `_to_data` made."""
+    data, place = _data_shape(x), x.sharding
+    if _is_key(x) or not x.size:
+        place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct(data.shape if x.size else (1,), data.dtype, sharding=place)

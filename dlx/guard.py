@@ -124,6 +124,10 @@ def check_config(folder: Path, config: Mapping[str, Any], fresh: bool = False) -
                 f"{folder} holds {strangers[0]!r} and no config.json, so it is no run folder: "
                 "choose another --workdir"
             )
+        if (folder / "checkpoints").exists():
+            raise BadInput(
+                f"{folder} holds checkpoints and no config.json: put it back, or use --fresh"
+            )
         erase(folder)  # leftovers of a start that died before its first line
         readme = "\n".join(f"{name:18}{text}" for name, text in FILES.items())
         (folder / "README.txt").write_text(f"A run folder of dlx.\n\n{readme}\n")

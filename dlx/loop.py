@@ -102,13 +102,7 @@ def _fit(experiment: Experiment, run: Run, folder: Any, given, mesh, writers, pr
         start, record, rows = runs.find(folder, run)
 
     # ---- Data: the first batch tells the remaining shapes ----
-    batches = itertools.repeat({})
-    if experiment.data is not None:
-        batches = iter(experiment.data(start, sharding.rows(mesh)))
-    batch = _next(batches, 1)
-    batches = itertools.chain([batch], batches)
-    size = sharding.check_batch(batch, mesh)
-    empty = _check_step(experiment, abstract, batch)
+    batches, size, empty = _open(experiment, abstract, start, run, mesh)
 
     # ---- State ----
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -119,11 +113,11 @@ def _fit(experiment: Experiment, run: Run, folder: Any, given, mesh, writers, pr
     if folder is not None and record is not None:
         say(f"resuming {folder} at step {start}")
         state = checkpoint.restore(folder / "checkpoints", start, record, abstract)
-        window = runs.window_from(record["window"], empty)
+        window = runs.window_from(record["window"], empty) if start < run.steps else empty
     else:
         places = jax.tree.map(lambda x: x.sharding, abstract)
         state = jax.jit(experiment.init, out_shardings=places)(key, given)
-        window = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), empty)
+        window = empty
     carry = (state, *jax.device_put((window, np.int32(start)), replicated))
 
     # ---- Train, then test what validation chose ----
@@ -283,6 +277,20 @@ def _scanned(advance: Callable, k: int) -> Callable:
 
 
 # ---- Before and after --------------------------------------------------------------------------
+
+
+def _open(experiment: Experiment, abstract: Any, start: int, run: Run, mesh: Any):
+    """-> (batches from `start` on, examples in one, an empty log window)."""
+    if start >= run.steps:  # nothing left to train: no batch is asked for
+        return iter(()), 0, {"sums": {}, "bad": np.int32(0)}
+    batches: Iterator[Any] = itertools.repeat({})
+    if experiment.data is not None:
+        batches = iter(experiment.data(start, sharding.rows(mesh)))
+    batch = _next(batches, 1)
+    size = sharding.check_batch(batch, mesh)
+    empty = _check_step(experiment, abstract, batch)
+    empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), empty)
+    return itertools.chain([batch], batches), size, empty
 
 
 def _next(batches: Iterator[Any], k: int) -> Any:

@@ -86,12 +86,15 @@ def find(folder: Path, run: Run) -> tuple[int, dict[str, Any] | None, dict[tuple
     found = checkpoint.newest(saved, usable, writers.say)
     if found is None and (folder / "result.json").exists():
         raise BadInput(f"{folder} is complete but no whole checkpoint is left: --fresh starts over")
-    writers.cut(log, found[1]["log_bytes"] if found else 0)
+    step, record = found or (0, None)
+    checkpoint.discard_after(saved, step)
+    if not (folder / "result.json").exists() or step < run.steps:
+        (folder / "result.json").unlink(missing_ok=True)
+        writers.cut(log, record["log_bytes"] if record else 0)
     rows = {}
     for row in writers.read(log):
         group = next((name.split("/")[0] for name in row if name != "step"), "")
         rows[int(row["step"]), group if group in ("train", "test") else "eval"] = row
-    step, record = found or (0, None)
     return step, record, rows
 
 

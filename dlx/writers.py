@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from dlx import metrics
+from dlx.errors import BadInput
 
 Writer = Callable[[int, Mapping[str, float]], None]
 
@@ -48,9 +49,16 @@ def append(path: Path, wanted: Callable[[str], bool]) -> Writer:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines; a last line that was cut off is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a file of JSON lines; a last line that was cut off is left out.
+
+    Raises:
+      BadInput: the file cannot be read.
+    """
+    try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as e:
+        raise BadInput(f"{path} is damaged: mend it, or start over with --fresh") from e
 
 
 def cut(path: Path, size: int) -> None:
@@ -228,7 +236,9 @@ class Log:
 
     def rewrite(self, path: Path) -> None:
         """All rows anew: an interrupt may have fallen into the writing of one."""
-        path.write_text("".join(json.dumps(r) + "\n" for r in self._rows.values()))
+        draft = path.with_name(path.name + ".tmp")
+        draft.write_text("".join(json.dumps(r) + "\n" for r in self._rows.values()))
+        draft.replace(path)
 
 
 class Profile:
