@@ -62,7 +62,8 @@ def main(
     except BadInput as e:
         if "--debug" in args:
             raise
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        line = f"error: {' '.join(str(e).split())}"
+        print(line if len(line) <= 200 else f"{line[:197]}...", file=sys.stderr)
         code = 2
     except FloatingPointError as e:
         if "--debug" in args:
@@ -249,7 +250,7 @@ def _seeds(text: str) -> list[int] | None:
         return None
     if m := re.fullmatch(r"(\d+)\.\.(\d+)", text):
         first, last = int(m[1]), int(m[2])
-        if first <= last:
+        if first <= last < first + 10_000:
             return list(range(first, last + 1))
     elif re.fullmatch(r"\d+(,\d+)*", text):
         return [int(s) for s in text.split(",")]

@@ -79,6 +79,8 @@ class Run:
                 raise BadInput(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.picture_every < 0:
             raise BadInput(f"picture_every is {self.picture_every}: give 0 (at the end) or more")
+        if self.best is not None and self.best[1] not in ("max", "min"):
+            raise BadInput(f"best is {self.best}: its second word must be max or min")
         if not 0 <= self.seed < 2**32:
             raise BadInput(f"seed is {self.seed}: give a number from 0 to 4294967295")
         for name in ("log_every", "eval_every", "save_every", "picture_every"):

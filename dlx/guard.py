@@ -36,6 +36,7 @@ FILES = {  # everything a run writes: the folder's README, and all that --fresh 
     "profile": "traces of --profile, for TensorBoard or Perfetto",
     ".lock": "held by the process that trains here",
 }
+TITLE = "A run folder of dlx."  # README.txt's first line
 FREE = ("run.steps_per_call", "run.keep")  # may differ between a folder and its resumption
 
 
@@ -80,7 +81,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         at = f" (line {e.lineno}, column {e.colno})" if isinstance(e, json.JSONDecodeError) else ""
         raise BadInput(f"{path} is damaged{at}: mend it, or start over with --fresh") from e
 
@@ -112,42 +113,61 @@ def check_config(folder: Path, config: Mapping[str, Any], fresh: bool = False) -
     Raises:
       BadInput: the folder belongs to another configuration, or to something else entirely.
     """
-    if fresh:
-        erase(folder)
     path = folder / "config.json"
+    if fresh and path.exists():
+        if not _ours(folder):
+            raise BadInput(
+                f"{path} is not of dlx, so --fresh removes nothing: choose another --workdir"
+            )
+        erase(folder)
     if not path.exists():
+        # What a start leaves that died before its first line; a folder of seeds or phases.
+        known = {".lock", "config.json.tmp", *(["README.txt"] if _ours(folder) else [])}
         strangers = sorted(
-            p.name for p in folder.iterdir() if p.name not in FILES and not _is_run(p)
+            p.name for p in folder.iterdir() if p.name not in known and not _is_run(p)
         )
-        if strangers:
+        if strangers and not (fresh and _ours(folder)):
             raise BadInput(
                 f"{folder} holds {strangers[0]!r} and no config.json, so it is no run folder: "
                 "choose another --workdir"
             )
-        if (folder / "checkpoints").exists():
-            raise BadInput(
-                f"{folder} holds checkpoints and no config.json: put it back, or use --fresh"
-            )
-        erase(folder)  # leftovers of a start that died before its first line
+        if strangers:
+            erase(folder)
         readme = "\n".join(f"{name:18}{text}" for name, text in FILES.items())
-        (folder / "README.txt").write_text(f"A run folder of dlx.\n\n{readme}\n")
+        (folder / "README.txt").write_text(f"{TITLE}\n\n{readme}\n")
         write_json(path, config)
         return
     old, new = flat(read_json(path)), flat(json.loads(json.dumps(config)))
     differ = [
-        f"{k} {old.get(k, 'absent')} -> {new.get(k, 'absent')}"
+        f"{k} {old.get(k, 'absent')} -> {new.get(k, 'absent')}"[:60]
         for k in {**old, **new}
         if k.removeprefix("config.") not in FREE
         and k != "preset"
         and old.get(k, "absent") != new.get(k, "absent")
     ]
     if differ:
-        shown = ", ".join(d.removeprefix("config.") for d in differ[:3])
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        shown = ", ".join(d.removeprefix("config.") for d in differ[:2])
+        more = f" and {len(differ) - 2} more" if len(differ) > 2 else ""
         raise BadInput(
-            f"{folder} was made with another configuration ({shown}{more}): "
-            "--fresh starts over, --workdir takes another folder"
+            f"{folder} has another configuration ({shown}{more}): use --fresh or another --workdir"
         )
+
+
+def _ours(folder: Path) -> bool:
+    """Whether dlx made the folder: only then may anything in it be removed."""
+    readme = folder / "README.txt"
+    if readme.is_file() and readme.read_text(errors="replace").startswith(TITLE):
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and ("run" in config or "run" in flat_keys(config))
+
+
+def flat_keys(config: Mapping[str, Any]) -> set[str]:
+    inner = config.get("config")
+    return set(inner) if isinstance(inner, dict) else set()
 
 
 def _is_run(path: Path) -> bool:
@@ -172,8 +192,8 @@ def check_disk(folder: Path, abstract: Any) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
         raise BadInput(
-            f"{folder} has {free / 1e6:,.1f} MB free and two checkpoints take "
-            f"{need / 1e6:,.1f} MB: free some, or choose another --workdir"
+            f"{folder} has {free:,} bytes free and two checkpoints take {need:,}: "
+            "free some, or choose another --workdir"
         )
 
 

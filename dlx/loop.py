@@ -76,26 +76,31 @@ def fit(
     (3.0, [10, 20])
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
+    abstract = _check(experiment, run, given, mesh)  # before a folder is taken or erased
     with contextlib.ExitStack() as stack:
         folder = None
         if workdir is not None:
             folder = Path(workdir)
             stack.enter_context(guard.lock(folder))
             guard.check_config(folder, config or {"run": dataclasses.asdict(run)}, fresh)
-        return _fit(experiment, run, folder, given, mesh, writers, profile)
+        return _fit(experiment, run, folder, given, mesh, writers, profile, abstract)
 
 
-def _fit(experiment: Experiment, run: Run, folder: Any, given, mesh, writers, profile):
-    # ---- Shapes: what can be wrong is found before anything compiles ----
+def _check(experiment: Experiment, run: Run, given: Any, mesh: Any) -> Any:
+    """What can be wrong is found before anything compiles. -> The state's shapes, each with its
+    sharding."""
     if run.best is not None and run.best[0].split("/")[0] not in experiment.evals:
         raise BadInput(
             f"best names {run.best[0]!r} and the evaluations are "
             f"{', '.join(experiment.evals) or 'none'}: write EVALUATION/METRIC max or min"
         )
-    key = jax.random.key(run.seed)
-    abstract = jax.eval_shape(experiment.init, key, given)
+    abstract = jax.eval_shape(experiment.init, jax.random.key(run.seed), given)
     abstract = sharding.place(abstract, mesh, experiment.rules)
+    _open(experiment, abstract, 0, run, mesh)
+    return abstract
 
+
+def _fit(experiment: Experiment, run: Run, folder: Any, given, mesh, writers, profile, abstract):
     # ---- Restore: the newest whole checkpoint, and the log cut back to it ----
     start, record, rows = 0, None, {}
     if folder is not None:
@@ -116,6 +121,7 @@ def _fit(experiment: Experiment, run: Run, folder: Any, given, mesh, writers, pr
         window = runs.window_from(record["window"], empty) if start < run.steps else empty
     else:
         places = jax.tree.map(lambda x: x.sharding, abstract)
+        key = jax.random.key(run.seed)
         state = jax.jit(experiment.init, out_shardings=places)(key, given)
         window = empty
     carry = (state, *jax.device_put((window, np.int32(start)), replicated))
@@ -168,8 +174,10 @@ def _train(
         saved = done
 
     advance = _advance(experiment.step, run.log_every)
-    single = jax.jit(advance, donate_argnums=0)
-    several = jax.jit(_scanned(advance, run.steps_per_call), donate_argnums=0)
+    places = jax.tree.map(lambda x: x.sharding, carry)  # told, or the second call compiles again
+    several = _scanned(advance, run.steps_per_call)
+    single = jax.jit(advance, donate_argnums=0, out_shardings=places)
+    several = jax.jit(several, donate_argnums=0, out_shardings=places)
     trace = writers_lib.Profile(folder / "profile" if profile and folder is not None else None)
     try:
         while True:
@@ -307,8 +315,9 @@ def _check_step(experiment: Experiment, abstract: Any, batch: Any) -> Any:
     for name in {**before, **now}:
         if before.get(name) != now.get(name):
             raise BadInput(
-                f"one step turns the state's {name} from {before.get(name, 'absent')} into "
-                f"{now.get(name, 'absent')}: init and step must agree"
+                f"one step turns the state{name and ' at ' + name} from "
+                f"{before.get(name, 'absent')} into {now.get(name, 'absent')}: "
+                "init and step must agree"
             )
     empty = jax.eval_shape(metrics.empty_window, values)
     for name, pair in empty["sums"].items():

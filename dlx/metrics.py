@@ -22,13 +22,18 @@ def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return (logits.argmax(-1) == labels).astype(jnp.float32)
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype that sums are made in: a sum over many steps in bfloat16 would lose its digits."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def pairs(metrics: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Every metric as (sum, weight): a scalar counts once."""
     out = {}
     for name, value in metrics.items():
         total, weight = value if isinstance(value, tuple) else (value, 1.0)
         total = jnp.asarray(total)
-        dtype = jnp.promote_types(total.dtype, jnp.float32)
+        dtype = wide(total.dtype)
         out[name] = (total.astype(dtype), jnp.asarray(weight).astype(dtype))
     return out
 
@@ -95,9 +100,16 @@ def evaluator(
         out = {}
         for name, value in measure(state, batch).items():
             value, weight = value if isinstance(value, tuple) else (value, jnp.ones_like(value))
-            weight = weight * mask.astype(weight.dtype)
+            if value.shape != mask.shape or weight.shape != mask.shape:
+                raise BadInput(
+                    f"measure gives {name!r} the shape {value.shape} (weights {weight.shape}): "
+                    f"it must be {mask.shape}, a value an example"
+                )
+            value, weight = value.astype(wide(value.dtype)), weight.astype(wide(value.dtype))
             # where, not a product: a padded row may hold NaN and NaN x 0 is NaN.
-            out[name] = (jnp.where(weight > 0, value * weight, 0).sum(), weight.sum())
+            weight = jnp.where(mask > 0, weight, jnp.zeros_like(weight))
+            value = jnp.where(weight != 0, value, jnp.zeros_like(value))
+            out[name] = ((value * weight).sum(), weight.sum())
         return out
 
     def evaluate(state: Any) -> dict[str, float]:

@@ -191,7 +191,7 @@ def chosen_state(
     """
     found = checkpoint.newest(folder / "checkpoints", notify=writers.say)
     if found is None:
-        raise BadInput(f"{folder} holds no whole checkpoint: train first")
+        raise BadInput(f"{folder} holds no whole checkpoint: train first, or anew with --fresh")
     step, record = found
     best = best_step(evaluations(record), run.best)
     if best is not None and best != step:
@@ -213,7 +213,10 @@ def config_of(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "config.json").exists():
         raise BadInput(f"{folder} is no run folder (no config.json): train first, or correct it")
-    return guard.read_json(folder / "config.json")
+    stored = guard.read_json(folder / "config.json")
+    if not isinstance(stored, dict) or not isinstance(stored.get("config"), dict):
+        raise BadInput(f"{folder / 'config.json'} holds no configuration: mend it, or use --fresh")
+    return stored
 
 
 def structure(values: Mapping[str, Any], config_class: type, source: Path) -> Any:
@@ -223,9 +226,19 @@ def structure(values: Mapping[str, Any], config_class: type, source: Path) -> An
     converter = cattrs.Converter(forbid_extra_keys=True)
     try:
         return converter.structure(values, config_class)
+    except BadInput as e:
+        raise BadInput(f"{source}: {e}; mend it, or use --fresh") from e
     except Exception as e:
-        first = cattrs.transform_error(e)[0]
-        raise BadInput(f"{source} does not fit {config_class.__name__}: {first}") from e
+        first = _innermost(e) or cattrs.transform_error(e)[0]
+        raise BadInput(f"{source} does not fit: {first}; mend it, or use --fresh") from e
+
+
+def _innermost(error: BaseException) -> str:
+    """What a dataclass's own check said, from within cattrs' groups of errors."""
+    if isinstance(error, BadInput):
+        return str(error)
+    inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    return next((text for e in inner if (text := _innermost(e))), "")
 
 
 def experiments() -> Sequence[str]:
@@ -238,7 +251,7 @@ def experiments() -> Sequence[str]:
 
 def find_experiment(name: str) -> Any:
     """The module of an experiment by its name."""
-    if name not in experiments():
+    if not isinstance(name, str) or name not in experiments():
         raise BadInput(
             f"experiment {name!r} is not among those here ({', '.join(experiments()) or 'none'}): "
             "start in the checkout, or pass build and config_class"

@@ -78,6 +78,15 @@ def shardings(abstract: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpe
         leaf (a leaf of the optimizer, like adafactor's factors, then takes the default).
     """
     used = set()
+    for regex, rule in rules:
+        axes = [a for part in rule for a in (part if isinstance(part, tuple) else (part,)) if a]
+        for a in axes:
+            if a not in mesh.shape or axes.count(a) > 1:
+                what = "is used twice" if a in mesh.shape else "is unknown"
+                raise BadInput(
+                    f"the sharding rule {regex!r}: axis {a!r} {what} in {rule}; the axes are "
+                    f"{', '.join(mesh.shape)}, each once"
+                )
 
     def fits(spec: PartitionSpec, shape: tuple[int, ...]) -> bool:
         if len(spec) > len(shape):

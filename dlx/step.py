@@ -92,7 +92,8 @@ def make_step(
       A pure step; its metrics are loss, grad_norm (before clipping) and the loss function's own.
 
     Raises:
-      BadInput: accumulate is below 1 or does not divide the batch.
+      BadInput: accumulate is below 1 or does not divide the batch, another option is out of range,
+        or ema is given and the state holds no average.
 
     >>> def loss_fn(params, model_state, batch, key):
     ...     return jnp.mean((batch["x"] * params["w"] - batch["y"]) ** 2), (model_state, {})
@@ -105,6 +106,12 @@ def make_step(
     """
     if accumulate < 1:
         raise BadInput(f"accumulate is {accumulate}: give 1 (none) or more")
+    if clip_norm is not None and not clip_norm > 0:
+        raise BadInput(f"clip_norm is {clip_norm}: it must be positive, or None")
+    if ema is not None and not 0 <= ema < 1:
+        raise BadInput(f"ema is {ema}: it must be in [0, 1), or None")
+    if compute_dtype is not None and not jnp.issubdtype(compute_dtype, jnp.floating):
+        raise BadInput(f"compute_dtype is {compute_dtype}: it must be floating, like jnp.bfloat16")
 
     def loss(params, model_state, batch, key, consts):
         if compute_dtype is not None:
@@ -145,7 +152,7 @@ def make_step(
         _, shapes = jax.eval_shape(one, state.model_state, *jax.tree.map(lambda x: x[0], items))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         (new, (g, metrics, w)), _ = jax.lax.scan(add, (state.model_state, zeros), items)
-        return _times(g, 1 / w), new, _scalars(_times, metrics, 1 / w)
+        return _over(g, w), new, _scalars(_over, metrics, w)
 
     def step(state: TrainState, batch: Any, **consts: Any) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(state.key, state.step)
@@ -157,6 +164,8 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         average = state.ema
         if ema is not None:
+            if state.ema is None:
+                raise BadInput("ema needs an average to start from: train_state(..., ema=True)")
             average = optax.incremental_update(params, state.ema, 1 - ema)
         return TrainState(
             state.step + 1, params, model_state, opt_state, state.key, average
@@ -169,6 +178,10 @@ def _times(tree: Any, w: jax.Array) -> Any:
     return jax.tree.map(lambda x: x * w.astype(x.dtype), tree)
 
 
+def _over(tree: Any, w: jax.Array) -> Any:
+    return jax.tree.map(lambda x: x / w.astype(x.dtype), tree)
+
+
 def _scalars(f: Callable[..., Any], metrics: dict[str, Any], w: jax.Array) -> dict[str, Any]:
     """f on the metrics that are means; pairs are sums already."""
     return {k: v if isinstance(v, tuple) else f(v, w) for k, v in metrics.items()}
@@ -177,7 +190,7 @@ def _scalars(f: Callable[..., Any], metrics: dict[str, Any], w: jax.Array) -> di
 def _wide(x: Any) -> jax.Array:
     """At least float32: a sum over many steps in bfloat16 would lose most of its digits."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def _cast(tree: Any, dtype: Any) -> Any:

@@ -139,7 +139,7 @@ CRASHES = [  # (row from which on, what, whether in the last phase)
 def test_crashes_leave_no_trace(name, tmp_path, mesh):
     """A run that died or was stopped again and again is the run that was not."""
     shape = shapes.SHAPES[name]
-    config = shape.Config()
+    config = shape.Config(run=dataclasses.replace(shape.Config().run, seed=5))
     assert play(shape, config, tmp_path / "whole", mesh)
     for step, error, last in CRASHES:
         try:
@@ -254,6 +254,7 @@ EPOCHS = shapes.Carried(  # three of 125 examples are 12 batches of 32: two stra
     examples=125,
     run=dlx.Run(
         steps=12,
+        seed=5,
         log_every=4,
         eval_every=5,
         save_every=1,
@@ -313,8 +314,8 @@ def test_ctrl_c_after_every_step(epochs, tmp_path, mesh):
 
 @pytest.mark.usefixtures("no_curves")
 def test_death_after_every_save(epochs, tmp_path, mesh):
-    """A folder as it was right after any save, with a log that is already longer, is completed to
-    the same run from the same batches."""
+    """A folder as it was right after any save, whose log went on and broke off within a row, is
+    completed to the same run from the same batches."""
     for step in range(1, 12):
         folder, seen = tmp_path / str(step), []
         shutil.copytree(epochs.folder, folder)
@@ -322,6 +323,9 @@ def test_death_after_every_save(epochs, tmp_path, mesh):
         for later in range(step + 1, 13):
             (folder / "checkpoints" / f"{later}.json").unlink()
             shutil.rmtree(folder / "checkpoints" / str(later))
+        log, record = folder / "metrics.jsonl", checkpoint.verify(folder / "checkpoints", step)
+        beyond = b'{"step": 99, "train/loss": 1.0}\n{"step": 100, "tra'
+        log.write_bytes(log.read_bytes()[: record["log_bytes"]] + beyond)
         one = recorded(epochs.experiment, seen)
         dlx.fit(one, SELDOM, workdir=folder, config=NAMED, mesh=mesh, writers=[])
         assert_same_run(shapes.SHAPES["bn_dropout_ema"], EPOCHS, epochs.folder, folder, mesh)
@@ -663,12 +667,12 @@ def test_a_complete_run_stays_as_it_is(saves, tmp_path, mesh):
 @pencil
 @pytest.mark.parametrize("k", [1, 3])
 def test_a_metric_that_is_not_finite_is_named(k, tmp_path, mesh):
-    """The seventh step is bad: it is named, though the device was never waited for; nothing of it
-    is saved, and the checkpoint before it is named too."""
+    """The seventh step is the first bad one: it is named, though the device was never waited for;
+    nothing of it is saved, and the checkpoint before it is named too."""
 
     def bad(state, batch):
         state, values = step(state, batch)
-        return state, values | {"bad": jnp.where(state["n"] == 7, jnp.nan, 1.0)}
+        return state, values | {"bad": jnp.where(state["n"] >= 7, jnp.nan, 1.0)}
 
     run = dlx.Run(steps=30, log_every=9, eval_every=15, save_every=3, keep=99, steps_per_call=k)
     for _ in range(2):  # going on meets it again
@@ -733,6 +737,13 @@ def test_a_state_that_drifts_is_named(tmp_path, mesh):
             dlx.fit(bad(change), RUN, workdir=tmp_path, mesh=mesh, writers=[])
 
 
+@pytest.mark.parametrize("name", ["train", "test", "timing"])
+def test_evaluations_leave_the_names_of_other_rows_alone(name, mesh):
+    """The log tells kinds of rows by their names: a resume would take one for the other."""
+    with pytest.raises(dlx.BadInput, match=name):
+        dlx.fit(PENCIL._replace(evals={name: validation}), RUN, mesh=mesh, writers=[])
+
+
 @pencil
 @pytest.mark.parametrize("k", [1, 3])
 def test_data_that_ends(k, tmp_path, mesh):
@@ -745,7 +756,7 @@ def test_data_that_ends(k, tmp_path, mesh):
         )
 
     run = dlx.Run(steps=8, log_every=3, eval_every=6, save_every=3, steps_per_call=k)
-    for n in (0, 7):
+    for n in (0, 4, 7):
         with pytest.raises(dlx.BadInput, match="the data ended before the run did"):
             dlx.fit(of(n), run, workdir=tmp_path, mesh=mesh, writers=[])
     first, history = dlx.fit(of(8), run, workdir=tmp_path, mesh=mesh, writers=[])

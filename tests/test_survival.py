@@ -212,42 +212,50 @@ def slow(tmp_path_factory):
 
 def phase(folder, output):
     """Where a process was killed, as far as its output and its folder tell."""
-    lines = output.splitlines()
     saved = folder / "checkpoints"
     names = {p.name for p in saved.iterdir()} if saved.exists() else set()
-    if not lines:
+    rows = [line for line in output.splitlines() if line.startswith("step")]
+    if not output:
         return "import"
-    if any(n.removesuffix(".json") != n and n.removesuffix(".json") not in names for n in names):
-        return "prune"
-    if any(not n.endswith(".json") and f"{n}.json" not in names for n in names):
+    if {n for n in names if n.isdecimal()} != {n[:-5] for n in names if n.endswith(".json")}:
         return "save"
-    if not any(line.startswith("step") for line in lines):
+    if [n for n in names if "tmp" in n]:
+        return "save"
+    if not rows:
         return "compile"
-    if any("120/120  validation" in line.replace("step ", "") for line in lines[-2:]):
+    step, _, steps = rows[-1].split()[1].partition("/")
+    if "validation" in rows[-1] and step == steps:
         return "test"
-    return "evaluate or next batch" if "validation" in lines[-1] else "train"
+    return "train"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_25_kills_at_random_moments(digits, tmp_path, capsys):
+@pytest.mark.parametrize(("name", "kills"), [("digits", 10), ("slow", 15)])
+def test_kills_at_random_moments(name, kills, tmp_path, capsys, request):
     """kill -9 uniformly over a run's life, again and again until it completes; then another."""
+    reference = request.getfixturevalue(name)
+    command, seconds = reference.command, reference.seconds
     rng, counted, lives = random.Random(0), collections.Counter(), 0
-    delays = [(i + rng.random()) / 25 * digits.seconds for i in range(25)]
-    rng.shuffle(delays)
-    while counted.total() < 25:
+    moments = [(i + rng.random()) / kills for i in range(kills)]  # of a life, evenly spread
+    rng.shuffle(moments)
+    while counted.total() < kills:
         folder = tmp_path / f"life{lives}"
-        while counted.total() < 25 and not (folder / "result.json").exists():
-            process = Process(folder, DIGITS)
-            if process.kill_after(delays[counted.total()]):
+        while counted.total() < kills and not (folder / "result.json").exists():
+            anew = not folder.exists()
+            moment = moments.pop() if moments else rng.random()
+            process = Process(folder, command)
+            if process.kill_after(moment * seconds):
                 counted[phase(folder, process.output)] += 1
             else:
                 assert process.popen.returncode == 0, process.output
-        complete(folder, DIGITS)
-        assert_same(folder, DIGITS, digits.expected)
+                if anew:  # the machine may have become faster
+                    seconds = min(seconds, time.monotonic() - process.begun)
+        complete(folder, command)
+        assert_same(folder, command, reference.expected)
         lives += 1
     with capsys.disabled():
-        print(f"\n25 kills over {lives} runs of {digits.seconds:.0f} s: {dict(counted)}")
+        print(f"\n{kills} kills over {lives} runs of {seconds:.0f} s: {dict(counted)}")
 
 
 POINTS = {  # of a save -> whether the step counts as saved

@@ -44,6 +44,8 @@ def check(arrays: Arrays, name: str, classes: int | None = None) -> dict[str, np
                 f"{name}: image has shape {values.shape}: it must be (N, height, width, channels)"
             )
     if classes is not None:
+        if "label" not in arrays:
+            raise BadInput(f"{name} has no 'label': it has {', '.join(arrays)}")
         labels = arrays["label"]
         if not np.issubdtype(labels.dtype, np.integer):
             raise BadInput(f"{name}: label has dtype {labels.dtype}: it must be integer")
@@ -93,9 +95,9 @@ def batches(
             while True:
                 position = np.arange(step * batch_size, (step + 1) * batch_size)[rows(batch_size)]
                 epochs, within = np.divmod(position, n)
-                index = np.concatenate(
-                    [order(int(e))[within[epochs == e]] for e in np.unique(epochs)]
-                )
+                index = np.empty_like(position)
+                for epoch in np.unique(epochs):
+                    index[epochs == epoch] = order(int(epoch))[within[epochs == epoch]]
                 yield {k: v[index] for k, v in opened.items()}
                 step += 1
 

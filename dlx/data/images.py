@@ -27,19 +27,22 @@ def affine(
     def uniform(key, shape, limit):
         return jax.random.uniform(key, shape, images.dtype, -limit, limit)
 
+    def axis(size):
+        return jnp.arange(size, dtype=images.dtype)
+
     k = jax.random.split(key, 4)
-    angle = uniform(k[0], (B,), degrees) * jnp.pi / 180
+    angle = uniform(k[0], (B, 1), degrees) * (jnp.pi / 180)
     stretch = jnp.exp(uniform(k[1], (B, 2), scale))
-    shear = uniform(k[2], (B,), scale)
+    shear = uniform(k[2], (B, 1), scale)
     offset = uniform(k[3], (B, 2), shift)
-    y, x = jnp.meshgrid(jnp.arange(H) - (H - 1) / 2, jnp.arange(W) - (W - 1) / 2, indexing="ij")
+    y, x = jnp.meshgrid(axis(H) - (H - 1) / 2, axis(W) - (W - 1) / 2, indexing="ij")
     y, x = stretch[:, :1] * y.reshape(1, -1), stretch[:, 1:] * x.reshape(1, -1)  # (B, H W)
-    y = y + shear[:, None] * x
-    sin, cos = jnp.sin(angle)[:, None], jnp.cos(angle)[:, None]
+    y = y + shear * x
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
     y, x = cos * y - sin * x, sin * y + cos * x
     y, x = y + offset[:, :1] + (H - 1) / 2, x + offset[:, 1:] + (W - 1) / 2
     # Bilinear interpolation as two products with hat functions: dense, and fast at small sizes.
-    wy = jnp.maximum(0, 1 - jnp.abs(y[..., None] - jnp.arange(H, dtype=y.dtype)))  # (B, H W, H)
-    wx = jnp.maximum(0, 1 - jnp.abs(x[..., None] - jnp.arange(W, dtype=x.dtype)))  # (B, H W, W)
+    wy = jnp.maximum(0, 1 - jnp.abs(y[..., None] - axis(H).reshape(1, 1, H)))  # (B, H W, H)
+    wx = jnp.maximum(0, 1 - jnp.abs(x[..., None] - axis(W).reshape(1, 1, W)))  # (B, H W, W)
     out = jnp.einsum("bph,bhwc,bpw->bpc", wy, images, wx)  # (B, H W, C)
     return out.reshape(images.shape)

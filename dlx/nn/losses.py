@@ -44,7 +44,8 @@ def classification(
             rngs={"dropout": dropout},
             mutable=list(model_state),
         )  # (B, C)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        if logits.dtype != jnp.float64:
+            logits = logits.astype(jnp.float32)  # a bfloat16 network's loss is summed in float32
         target = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
         target = optax.smooth_labels(target, label_smoothing)
         loss = optax.softmax_cross_entropy(logits, target).mean()
