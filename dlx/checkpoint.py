@@ -134,7 +134,7 @@ def restore(folder: Path, step: int, record: Mapping[str, Any], abstract: Any) -
             f"{k}: saved {saved.get(k, 'absent')}, wanted {wanted.get(k, 'absent')}"
             for k in differ[:3]
         )
-        raise BadInput(f"{folder / str(step)} holds another model ({shown}): choose another folder")
+        raise BadInput(f"{folder / str(step)} holds another model, choose another folder: {shown}")
     data = jax.tree.map(_abstract_data, abstract)
     tree = ocp.load(str(folder.absolute() / str(step)), {"state": data})
     return jax.tree.map(_from_data, tree["state"], abstract)

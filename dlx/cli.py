@@ -63,7 +63,7 @@ def main(
         if "--debug" in args:
             raise
         line = f"error: {' '.join(str(e).split())}"
-        print(line if len(line) <= 200 else f"{line[:197]}...", file=sys.stderr)
+        print(line if len(line) < 200 else f"{line[:196]}...", file=sys.stderr)
         code = 2
     except FloatingPointError as e:
         if "--debug" in args:
@@ -120,7 +120,7 @@ def parse(
             hint = f": write --{command.replace('=', ' ')}" if "=" in command else ""
             raise BadInput(f"{command!r} is no command{hint or _nearest(command, COMMANDS)}")
     default = presets[preset]
-    if command in ("eval", "sample"):
+    if command in ("eval", "sample") and not {"-h", "--help"} & set(rest):
         default = _stored(config_class, rest, name) or default
     tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Run)  # --steps, not --run.steps
     bare = tyro.conf.arg(name="")
@@ -190,6 +190,8 @@ def _one_line(box: str, args: list[str], known: list[str]) -> str:
 
 
 def _bare_word(word: str, known: list[str]) -> str:
+    if word in COMMANDS:
+        return f"{word!r} is a command: it must come first, before the flags"
     key = "--" + word.partition("=")[0].lstrip("-").replace("_", "-")
     if key in known:
         return f"{word!r} is no flag: write {key} {word.partition('=')[2] or 'VALUE'}"
@@ -206,7 +208,8 @@ def _nearest(word: str, known: Any) -> str:
 
 
 def _preset(args: list[str], presets: Mapping[str, Any]) -> str:
-    preset = _early(args, "--preset") or next(iter(presets))
+    given = any(a.partition("=")[0] == "--preset" for a in args)
+    preset = _early(args, "--preset") if given else next(iter(presets))
     if preset not in presets:
         raise BadInput(f"preset {preset!r} is unknown: there are {', '.join(presets)}")
     return preset

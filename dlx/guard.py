@@ -114,8 +114,9 @@ def check_config(folder: Path, config: Mapping[str, Any], fresh: bool = False) -
       BadInput: the folder belongs to another configuration, or to something else entirely.
     """
     path = folder / "config.json"
+    fresh_ours = fresh and _ours(folder)
     if fresh and path.exists():
-        if not _ours(folder):
+        if not fresh_ours:
             raise BadInput(
                 f"{path} is not of dlx, so --fresh removes nothing: choose another --workdir"
             )
@@ -126,30 +127,30 @@ def check_config(folder: Path, config: Mapping[str, Any], fresh: bool = False) -
         strangers = sorted(
             p.name for p in folder.iterdir() if p.name not in known and not _is_run(p)
         )
-        if strangers and not (fresh and _ours(folder)):
+        if strangers and not fresh_ours:
             raise BadInput(
                 f"{folder} holds {strangers[0]!r} and no config.json, so it is no run folder: "
                 "choose another --workdir"
             )
-        if strangers:
-            erase(folder)
+        erase(folder)
         readme = "\n".join(f"{name:18}{text}" for name, text in FILES.items())
         (folder / "README.txt").write_text(f"{TITLE}\n\n{readme}\n")
         write_json(path, config)
         return
     old, new = flat(read_json(path)), flat(json.loads(json.dumps(config)))
     differ = [
-        f"{k} {old.get(k, 'absent')} -> {new.get(k, 'absent')}"[:60]
+        f"{k} {old.get(k, 'absent')} -> {new.get(k, 'absent')}"[:32]
         for k in {**old, **new}
         if k.removeprefix("config.") not in FREE
         and k != "preset"
         and old.get(k, "absent") != new.get(k, "absent")
     ]
     if differ:
-        shown = ", ".join(d.removeprefix("config.") for d in differ[:2])
-        more = f" and {len(differ) - 2} more" if len(differ) > 2 else ""
+        shown = ", ".join(d.removeprefix("config.") for d in differ[:3])
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise BadInput(
-            f"{folder} has another configuration ({shown}{more}): use --fresh or another --workdir"
+            f"{folder} was made with another configuration ({shown}{more}): "
+            "--fresh starts over, or choose another --workdir"
         )
 
 
@@ -192,7 +193,7 @@ def check_disk(folder: Path, abstract: Any) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
         raise BadInput(
-            f"{folder} has {free:,} bytes free and two checkpoints take {need:,}: "
+            f"{folder} has {free:,} bytes free and two checkpoints take {need / 1e3:,.0f} kB: "
             "free some, or choose another --workdir"
         )
 

@@ -97,7 +97,18 @@ def _check(experiment: Experiment, run: Run, given: Any, mesh: Any) -> Any:
     abstract = jax.eval_shape(experiment.init, jax.random.key(run.seed), given)
     abstract = sharding.place(abstract, mesh, experiment.rules)
     _open(experiment, abstract, 0, run, mesh)
+    for name, measure in experiment.evals.items():
+        if names := getattr(measure, "names", None):  # an evaluator tells its metrics early
+            found = [f"{name}/{k}" for k in names(abstract)]
+            if run.best is not None and run.best[0].split("/")[0] == name:
+                _check_best(run, found)
     return abstract
+
+
+def _check_best(run: Run, found: Any) -> None:
+    if run.best is not None and run.best[0] not in found:
+        names = ", ".join(found)
+        raise BadInput(f"best names {run.best[0]!r} and the evaluations give {names}: use one")
 
 
 def _fit(experiment: Experiment, run: Run, folder: Any, given, mesh, writers, profile, abstract):
@@ -188,11 +199,7 @@ def _train(
                     log.flush()
                     with jax.set_mesh(mesh):
                         results = evaluate(experiment, box[0][0])
-                    if run.best is not None and run.best[0] not in results:
-                        names = ", ".join(results)
-                        raise BadInput(
-                            f"best names {run.best[0]!r} and the evaluations give {names}"
-                        )
+                    _check_best(run, results)
                     table[done] = results
                     log.emit(done, "eval", results)
                 best = best_step(table, run.best)

@@ -95,6 +95,9 @@ def evaluator(
     {'x': 2.0}
     """
 
+    def opened() -> Mapping[str, np.ndarray]:
+        return arrays() if callable(arrays) else arrays
+
     @jax.jit
     def sums(state, batch, mask):
         out = {}
@@ -117,7 +120,7 @@ def evaluator(
         mesh = jax.sharding.get_mesh()  # set by fit: unsharded, every device would do all the work
         shares = 1 if mesh.empty else sharding.shares(mesh)
         size = -(-batch_size // shares) * shares
-        for batch, mask in padded(arrays() if callable(arrays) else arrays, size):
+        for batch, mask in padded(opened(), size):
             if not mesh.empty:
                 batch, mask = sharding.put((batch, mask), mesh)
             for name, (s, w) in jax.device_get(sums(state, batch, mask)).items():
@@ -125,6 +128,12 @@ def evaluator(
                 total[name] = (a + float(s), b + float(w))
         return means(total)
 
+    def names(state: Any) -> list[str]:
+        """The metrics, from the state's shapes alone: opens the data, compiles nothing."""
+        batch, mask = next(padded(opened(), batch_size))
+        return list(jax.eval_shape(sums, state, batch, mask))
+
+    evaluate.names = names  # type: ignore[attr-defined]
     return evaluate
 
 

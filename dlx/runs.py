@@ -215,7 +215,8 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{folder} is no run folder (no config.json): train first, or correct it")
     stored = guard.read_json(folder / "config.json")
     if not isinstance(stored, dict) or not isinstance(stored.get("config"), dict):
-        raise BadInput(f"{folder / 'config.json'} holds no configuration: mend it, or use --fresh")
+        path = folder / "config.json"
+        raise BadInput(f"{path} is damaged (it has no 'config'): mend it, or use --fresh")
     return stored
 
 

@@ -37,8 +37,12 @@ def make_mesh(spec: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     sizes = dict.fromkeys(AXES, 1)
     if not spec:
         sizes["data"] = len(devices)
+    named = []
     for part in filter(None, spec.split(",")):
         axis, _, size = (x.strip() for x in part.partition("="))
+        named.append(axis)
+        if named.count(axis) > 1:
+            raise BadInput(f"mesh {spec!r} names the axis {axis} twice: give each axis one size")
         if axis not in AXES:
             raise BadInput(f"mesh axis {axis!r} is unknown: the axes are {', '.join(AXES)}")
         if not size.isdecimal() or int(size) < 1:

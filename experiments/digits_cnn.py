@@ -8,6 +8,7 @@ Expected  test accuracy above a tuned RBF-SVC on the same split; 99.3 % is the t
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,13 @@ class Config:
                 f"channels has {len(self.channels)} layers and pool {len(self.pool)}: "
                 "give one value a layer"
             )
+        if min(self.channels, default=0) < 1:
+            raise dlx.BadInput(f"channels is {self.channels}: each layer needs 1 or more")
+        for name in ("weight_decay", "degrees", "scale", "shift"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise dlx.BadInput(f"{name} is {getattr(self, name)}: it must be 0 or more")
         for name in ("learning_rate", "batch_size"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise dlx.BadInput(f"{name} is {getattr(self, name)}: it must be positive")
         for name in ("dropout", "label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:

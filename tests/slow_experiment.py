@@ -54,8 +54,6 @@ PRESETS = {"test": Config()}
 
 
 def build(config: Config) -> dlx.Experiment:
-    traces = []
-
     def examples(step):
         rng = np.random.Generator(np.random.Philox(key=[config.run.seed, step]))
         return {"x": rng.normal(size=(64, config.width)).astype(np.float32)}
@@ -71,9 +69,6 @@ def build(config: Config) -> dlx.Experiment:
         return jnp.square(jnp.roll(x, 1, axis=1) - x).mean()
 
     def step(state, batch):
-        traces.append(None)
-        if len(traces) == 2 and os.environ.get("SLOW") == "compile":  # the first is for shapes
-            print("in compile", flush=True)
         key = jax.random.fold_in(state["key"], state["step"])
         noise = jax.random.normal(key, batch["x"].shape)
         value, g = jax.value_and_grad(loss)(state["params"], batch["x"] + 0.1 * noise)
@@ -91,8 +86,6 @@ def build(config: Config) -> dlx.Experiment:
             t += 1
 
     def measure(state, batch):
-        if os.environ.get("SLOW") == "measure":
-            print("in measure", flush=True)  # traced: what follows compiles it
         one = jax.value_and_grad(lambda x: loss(state["params"], x[None]))
         value, slope = jax.vmap(one)(batch["x"])
         return {"loss": value, "slope": jnp.abs(slope).mean(1)}

@@ -1,8 +1,10 @@
 """The loop's promises, kept for five shapes of training that it knows nothing of: a run that was
 stopped, crashed or killed ends as one that was not, to the bit."""
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import os
@@ -10,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,13 +116,18 @@ class Crash:
 
 
 def recorded(experiment, seen, stop=None):
-    """The experiment, with its batches noted in `seen` and Ctrl-C in place of batch `stop`."""
+    """The experiment, with Ctrl-C in place of batch `stop`.
+
+    Each time that data is asked for, `seen` gets a list of the batches, (step, batch); the last
+    list is what was trained on.
+    """
 
     def data(first_step, rows):
+        seen.append([])
         for t, batch in enumerate(experiment.data(first_step, rows), first_step):
             if t == stop:
                 raise KeyboardInterrupt
-            seen.append((t, batch))
+            seen[-1].append((t, batch))
             yield batch
 
     return experiment._replace(data=data)
@@ -281,12 +289,12 @@ class Epochs(NamedTuple):
 def epochs(mesh, tmp_path_factory):
     experiment = shapes.bn_dropout_ema(EPOCHS)
     experiment = experiment._replace(step=jax.jit(experiment.step))
-    folder, batches, run = tmp_path_factory.mktemp("epochs"), [], EPOCHS.run
+    folder, seen, run = tmp_path_factory.mktemp("epochs"), [], EPOCHS.run
     final, history = dlx.fit(
-        recorded(experiment, batches), run, workdir=folder, config=NAMED, mesh=mesh, writers=[]
+        recorded(experiment, seen), run, workdir=folder, config=NAMED, mesh=mesh, writers=[]
     )
     states = saved(experiment, run, folder, range(1, run.steps + 1), mesh)
-    return Epochs(experiment, folder, batches, states, final, history)
+    return Epochs(experiment, folder, seen[-1], states, final, history)
 
 
 def assert_same_batches(some, others):
@@ -298,18 +306,20 @@ def assert_same_batches(some, others):
 @pytest.mark.usefixtures("no_curves")
 def test_ctrl_c_after_every_step(epochs, tmp_path, mesh):
     """Twelve starts of one step each: states, batches, log and result are those of one start."""
-    seen = []
+    batches = []
     for step in range(1, 13):
+        seen = []
         one = recorded(epochs.experiment, seen, stop=step)
         state, rows = dlx.fit(one, SELDOM, workdir=tmp_path, mesh=mesh, writers=[])
+        batches += seen[-1]
         assert rows == writers.read(tmp_path / "metrics.jsonl")
         if step < 12:
             assert_same(state, epochs.states[step])
     assert_same(state, epochs.final)
     assert rows == epochs.history
     assert_same_run(shapes.SHAPES["bn_dropout_ema"], EPOCHS, epochs.folder, tmp_path, mesh)
-    assert_same_batches(seen, epochs.batches)
-    assert [t for t, _ in seen] == list(range(12))
+    assert_same_batches(batches, epochs.batches)
+    assert [t for t, _ in batches] == list(range(12))
 
 
 @pytest.mark.usefixtures("no_curves")
@@ -329,7 +339,7 @@ def test_death_after_every_save(epochs, tmp_path, mesh):
         one = recorded(epochs.experiment, seen)
         dlx.fit(one, SELDOM, workdir=folder, config=NAMED, mesh=mesh, writers=[])
         assert_same_run(shapes.SHAPES["bn_dropout_ema"], EPOCHS, epochs.folder, folder, mesh)
-        assert_same_batches(seen, epochs.batches[step:])
+        assert_same_batches(seen[-1], epochs.batches[step:])
 
 
 # ---- Several steps in one call -----------------------------------------------------------------
@@ -719,6 +729,31 @@ def test_one_process_a_folder(tmp_path, mesh):
 
 
 @pencil
+@pytest.mark.parametrize("ends", [None, RuntimeError, KeyboardInterrupt])
+def test_fit_leaves_nothing_open(ends, tmp_path, mesh):
+    """However it ends: a notebook that trains a hundred times keeps neither threads nor files."""
+
+    def fit(folder):
+        told = [] if ends is None else [Crash(3, ends)]
+        with contextlib.suppress(RuntimeError):
+            dlx.fit(PENCIL, RUN, workdir=tmp_path / folder, mesh=mesh, writers=told)
+
+    def left():
+        return {t.name for t in threading.enumerate()}, len(os.listdir("/dev/fd"))
+
+    fit("first")  # what libraries open once
+    time.sleep(0.5)  # threads of tests before this one may be on their way out
+    before = left()
+    for i in range(3):
+        fit(str(i))
+    deadline = time.monotonic() + 10
+    while left() != before and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert left() == before
+
+
+@pencil
 def test_a_state_that_drifts_is_named(tmp_path, mesh):
     """Another dtype or shape after a step is an error before anything compiles."""
 
@@ -733,7 +768,7 @@ def test_a_state_that_drifts_is_named(tmp_path, mesh):
         (lambda w: w.astype(jnp.bfloat16), r"bfloat16\[\]"),
         (lambda w: w[None], r"float32\[1\]"),
     ):
-        with pytest.raises(dlx.BadInput, match=rf"state's params/w from float32\[\] into {now}"):
+        with pytest.raises(dlx.BadInput, match=rf"params/w from float32\[\] into {now}"):
             dlx.fit(bad(change), RUN, workdir=tmp_path, mesh=mesh, writers=[])
 
 

@@ -42,9 +42,10 @@ class Process:
     """`python -m ...` in a process of its own, its output in a file."""
 
     alive: ClassVar[list] = []
+    logs: ClassVar[Path]
 
     def __init__(self, folder, command, *more, **environment):
-        self.log = folder.with_name(f"{folder.name}.{time.monotonic_ns()}.out")
+        self.log = self.logs / f"{time.monotonic_ns()}"
         self.begun = time.monotonic()
         with open(self.log, "w") as out:
             self.popen = subprocess.Popen(
@@ -92,6 +93,11 @@ class Process:
             self.popen.kill()
             self.popen.wait()
             self.alive.remove(self)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def logs(tmp_path_factory):
+    Process.logs = tmp_path_factory.mktemp("output")
 
 
 @pytest.fixture(autouse=True)
@@ -198,12 +204,12 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
+def digits(logs, tmp_path_factory):
     return Reference(tmp_path_factory.mktemp("digits") / "run", DIGITS)
 
 
 @pytest.fixture(scope="module")
-def slow(tmp_path_factory):
+def slow(logs, tmp_path_factory):
     return Reference(tmp_path_factory.mktemp("slow") / "run", SLOW)
 
 
@@ -419,9 +425,8 @@ DEEP = (*SLOW, "--depth", "64", "--width", "8", "--learning-rate", "1e-3", "--st
 def test_signals_while_compiling(tmp_path):
     """XLA does not look up while it compiles; with nothing to save the process ends at once."""
     caches = str(tmp_path / "warm")
-    begun = time.monotonic()
-    process = Process(tmp_path / "a", DEEP, SLOW="compile", JAX_COMPILATION_CACHE_DIR=caches)
-    process.wait_for("in compile")
+    process = Process(tmp_path / "a", DEEP, JAX_LOG_COMPILES="1", JAX_COMPILATION_CACHE_DIR=caches)
+    process.wait_for("Compiling jit(advance)")
     begun = time.monotonic()
     process.wait_for("step  5")
     assert time.monotonic() - begun > 2  # long enough to be hit
@@ -431,8 +436,8 @@ def test_signals_while_compiling(tmp_path):
 
     def stopped(number, name):
         cold = str(tmp_path / name)
-        process = Process(folder, DEEP, SLOW="compile", JAX_COMPILATION_CACHE_DIR=cold)
-        process.wait_for("in compile")
+        process = Process(folder, DEEP, JAX_LOG_COMPILES="1", JAX_COMPILATION_CACHE_DIR=cold)
+        process.wait_for("Compiling jit(advance)")
         time.sleep(0.7)
         code, seconds = process.send(number)
         assert code == STOPPED, process.output
@@ -452,8 +457,8 @@ def test_signals_while_compiling(tmp_path):
     # Within an evaluation there are steps to save: that is done, and the exit is in order too.
     for path in (tmp_path / "warm").glob("jit_sums*"):
         path.unlink()
-    process = Process(folder, DEEP, SLOW="measure", JAX_COMPILATION_CACHE_DIR=caches)
-    process.wait_for("in measure")
+    process = Process(folder, DEEP, JAX_LOG_COMPILES="1", JAX_COMPILATION_CACHE_DIR=caches)
+    process.wait_for("Compiling jit(sums)")
     time.sleep(0.3)
     code, seconds = process.send(signal.SIGTERM)
     assert code == STOPPED and seconds < 15, (code, seconds, process.output)
@@ -687,5 +692,5 @@ def test_a_disk_that_is_too_small_is_told_at_once(disk, tmp_path):
     ballast = fill(disk, 200_000)
     process = Process(disk / "run", SLOW)
     assert process.end() == 2, process.output
-    one_line(process, "MB free", "two checkpoints take", "--workdir")
+    one_line(process, "free and two checkpoints take", "--workdir")
     ballast.unlink()
