@@ -139,7 +139,7 @@ def check_config(folder: Path, config: Mapping[str, Any], fresh: bool = False) -
         return
     old, new = flat(read_json(path)), flat(json.loads(json.dumps(config)))
     differ = [
-        f"{k} {old.get(k, 'absent')} -> {new.get(k, 'absent')}"[:32]
+        f"{k} {old.get(k, 'absent')} -> {new.get(k, 'absent')}"[:39]
         for k in {**old, **new}
         if k.removeprefix("config.") not in FREE
         and k != "preset"
