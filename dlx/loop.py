@@ -98,6 +98,8 @@ def _check(experiment: Experiment, run: Run, given: Any, mesh: Any) -> Any:
     abstract = sharding.place(abstract, mesh, experiment.rules)
     _open(experiment, abstract, 0, run, mesh)
     for name, measure in experiment.evals.items():
+        if name in ("train", "test", "timing"):
+            raise BadInput(f"an evaluation is named {name!r}, as other rows are: rename it")
         if names := getattr(measure, "names", None):  # an evaluator tells its metrics early
             found = [f"{name}/{k}" for k in names(abstract)]
             if run.best is not None and run.best[0].split("/")[0] == name:
@@ -144,11 +146,14 @@ def _fit(experiment: Experiment, run: Run, folder: Any, given, mesh, writers, pr
         writers = [*writers, *writers_lib.files(folder, start)]
     log = writers_lib.Log(rows, list(writers), size)
     table = {} if record is None else runs.evaluations(record)
-    state, best, complete = _train(
-        experiment, run, folder, mesh, log, table, carry, batches, profile
-    )
-    if complete:
-        state = _finish(experiment, run, folder, mesh, log, table, state, best, abstract)
+    try:
+        state, best, complete = _train(
+            experiment, run, folder, mesh, log, table, carry, batches, profile
+        )
+        if complete:
+            state = _finish(experiment, run, folder, mesh, log, table, state, best, abstract)
+    finally:
+        log.close()
     return state, log.history
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax.extend import core as jex
+from jax.interpreters import partial_eval
 
 from dlx.experiment import Experiment, parameters
 
@@ -24,8 +25,13 @@ def flops(jaxpr: jex.Jaxpr) -> tuple[int, bool]:
     >>> flops(jax.make_jaxpr(f)(jnp.ones((4, 4))).jaxpr)
     (1280, True)
     """
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(jaxpr)
+
+
+def _count(jaxpr: jex.Jaxpr) -> tuple[int, bool]:
     total, exact = 0, True
-    for eqn in _needed(jaxpr):
+    for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         ins: Any = [v.aval for v in eqn.invars]
         outs: Any = [v.aval for v in eqn.outvars]
@@ -36,25 +42,15 @@ def flops(jaxpr: jex.Jaxpr) -> tuple[int, bool]:
         elif name == "conv_general_dilated":
             total += _convolution(eqn)
         elif name == "cond":
-            branches = [flops(b.jaxpr) for b in params["branches"]]
+            branches = [_count(b.jaxpr) for b in params["branches"]]
             total += max(n for n, _ in branches)
             exact &= all(e for _, e in branches)
         else:
             turns = params["length"] if name == "scan" else 1
-            inner = [flops(j) for j in _jaxprs(params)]
+            inner = [_count(j) for j in _jaxprs(params)]
             total += turns * sum(n for n, _ in inner)
             exact &= all(e for _, e in inner) and (name != "while" or not any(n for n, _ in inner))
     return total, exact
-
-
-def _needed(jaxpr: jex.Jaxpr) -> list[Any]:
-    """The equations that an output or a side effect rests on: XLA drops the others."""
-    wanted, kept = set(map(id, jaxpr.outvars)), []
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or any(id(v) in wanted for v in eqn.outvars):
-            kept.append(eqn)
-            wanted |= set(map(id, eqn.invars))
-    return kept[::-1]
 
 
 def _jaxprs(params: dict[str, Any]) -> list[jex.Jaxpr]:

@@ -83,6 +83,7 @@ def tensorboard(folder: Path, first_step: int) -> Writer:
             board.add_scalar(name, value, step)
         board.flush()
 
+    write.close = board.close  # type: ignore[attr-defined]
     return write
 
 
@@ -124,6 +125,7 @@ def progress(total: int, first_step: int = 0) -> Writer:
         elif step >= total:
             bar.close()
 
+    write.close = bar.close  # type: ignore[attr-defined]
     return write
 
 
@@ -233,6 +235,12 @@ class Log:
     def end(self, step: int) -> None:
         """The last row of timing.jsonl: what this start cost."""
         self.emit(step, "end", {"timing/seconds": time.perf_counter() - self._begun})
+
+    def close(self) -> None:
+        """Closes the writers that have something to close."""
+        for write in self._writers:
+            if close := getattr(write, "close", None):
+                close()
 
     def rewrite(self, path: Path) -> None:
         """All rows anew: an interrupt may have fallen into the writing of one."""

@@ -28,8 +28,7 @@ import dlx
 from dlx import checkpoint, guard, runs, sharding
 
 ROOT = Path(__file__).parents[1]
-DIGITS = ("experiments.digits_cnn", "--preset", "test", "--steps", "120")
-DIGITS = (*DIGITS, "--save-every", "20", "--eval-every", "40")
+DIGITS = ("experiments.digits_cnn", "--preset", "test")
 SLOW = ("tests.slow_experiment",)
 STOPPED = 75
 CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] + "-survival"  # a kill may cut off what is there
