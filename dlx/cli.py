@@ -311,6 +311,9 @@ def _train(name, build, config, flags, folder, preset) -> None:
         if len(parts) > 1:  # the phases' common folder is a run folder as well
             stack.enter_context(guard.lock(folder))
             guard.check_config(folder, whole, flags.fresh)
+            for place, _, _ in parts if flags.fresh else ():  # now: the first phase may die
+                with guard.lock(place):
+                    guard.check_config(place, whole, fresh=True)
         for place, run, make in parts:
             if len(parts) > 1:
                 _say(f"phase {place.name}: {run.steps:,} steps")

@@ -19,7 +19,7 @@ def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
     >>> correct(jnp.array([[0., 1.], [2., 1.]]), jnp.array([1, 1])).tolist()
     [1.0, 0.0]
     """
-    return (logits.argmax(-1) == labels).astype(jnp.float32)
+    return (logits.argmax(-1).astype(labels.dtype) == labels).astype(jnp.float32)
 
 
 def wide(dtype: Any) -> Any:

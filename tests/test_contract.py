@@ -297,6 +297,16 @@ def epochs(mesh, tmp_path_factory):
     return Epochs(experiment, folder, seen[-1], states, final, history)
 
 
+def assert_as_uninterrupted(epochs, state, history, folder, mesh):
+    """What fit returned and what lies in the folder is that of the one run, to the bit."""
+    assert_same(state, epochs.final)
+    assert history == epochs.history
+    for name in ("metrics.jsonl", "result.json"):
+        assert (folder / name).read_bytes() == (epochs.folder / name).read_bytes(), name
+    last = saved(epochs.experiment, SELDOM, folder, [12], mesh)
+    assert_same(last[12], epochs.states[12])
+
+
 def assert_same_batches(some, others):
     assert [t for t, _ in some] == [t for t, _ in others]
     for (_, a), (_, b) in zip(some, others, strict=True):
@@ -315,9 +325,7 @@ def test_ctrl_c_after_every_step(epochs, tmp_path, mesh):
         assert rows == writers.read(tmp_path / "metrics.jsonl")
         if step < 12:
             assert_same(state, epochs.states[step])
-    assert_same(state, epochs.final)
-    assert rows == epochs.history
-    assert_same_run(shapes.SHAPES["bn_dropout_ema"], EPOCHS, epochs.folder, tmp_path, mesh)
+    assert_as_uninterrupted(epochs, state, rows, tmp_path, mesh)
     assert_same_batches(batches, epochs.batches)
     assert [t for t, _ in batches] == list(range(12))
 
@@ -337,8 +345,8 @@ def test_death_after_every_save(epochs, tmp_path, mesh):
         beyond = b'{"step": 99, "train/loss": 1.0}\n{"step": 100, "tra'
         log.write_bytes(log.read_bytes()[: record["log_bytes"]] + beyond)
         one = recorded(epochs.experiment, seen)
-        dlx.fit(one, SELDOM, workdir=folder, config=NAMED, mesh=mesh, writers=[])
-        assert_same_run(shapes.SHAPES["bn_dropout_ema"], EPOCHS, epochs.folder, folder, mesh)
+        state, rows = dlx.fit(one, SELDOM, workdir=folder, config=NAMED, mesh=mesh, writers=[])
+        assert_as_uninterrupted(epochs, state, rows, folder, mesh)
         assert_same_batches(seen[-1], epochs.batches[step:])
 
 
@@ -799,6 +807,48 @@ def test_data_that_ends(k, tmp_path, mesh):
     second, again = dlx.fit(of(8), run, workdir=tmp_path, mesh=mesh, writers=[])
     assert_same(first, second)
     assert again == history and (tmp_path / "result.json").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoPhases:
+    """Two phases with a pencil."""
+
+    run: dlx.Run = RUN
+
+
+@pencil
+def test_fresh_starts_every_phase_over(tmp_path):
+    """--fresh died in the first phase: the same command without it must not take up the second
+    phase of the run before."""
+    trained, dies = [], []
+
+    def phase(name):
+        def noted(state):
+            trained.append(name)
+            return validation(state)
+
+        experiment = PENCIL._replace(evals={"validation": noted})
+        return experiment._replace(step=dies[0]) if dies and name == "first" else experiment
+
+    def main(*flags):
+        del trained[:]
+        names = ("first", "second")
+        phases = {name: (RUN, lambda previous, name=name: phase(name)) for name in names}
+        args = ["--workdir", str(tmp_path / "run"), "--mesh", "tensor=8", *flags]
+        with pytest.raises(SystemExit) as e:
+            dlx.main(TwoPhases, lambda config: phases, {"test": TwoPhases()}, args)
+        return e.value.code
+
+    def bad(state, batch):
+        state, values = step(state, batch)
+        return state, values | {"mean": jnp.float32(jnp.nan)}
+
+    both = ["first", "first", "second", "second"]  # evaluated at 5 and at 8
+    assert main() == 0 and trained == both
+    dies.append(bad)
+    assert main("--fresh") == 1 and trained == []
+    dies.clear()
+    assert main() == 0 and trained == both
 
 
 @pencil

@@ -49,7 +49,7 @@ def classification(
         target = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
         target = optax.smooth_labels(target, label_smoothing)
         loss = optax.softmax_cross_entropy(logits, target).mean()
-        hit = (logits.argmax(-1) == label).astype(jnp.float32)
+        hit = (logits.argmax(-1).astype(label.dtype) == label).astype(jnp.float32)
         return loss, (model_state, {"accuracy": hit.mean()})
 
     return loss_fn
