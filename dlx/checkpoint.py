@@ -123,18 +123,17 @@ def restore(folder: Path, step: int, record: Mapping[str, Any], abstract: Any) -
       abstract: pytree of jax.ShapeDtypeStruct with shardings.
 
     Raises:
-      BadInput: the saved tree has other leaves, shapes or dtypes (the first three are named).
+      BadInput: the saved tree has other leaves, shapes or dtypes (the first is named).
     """
     from orbax.checkpoint import v1 as ocp
 
     saved, wanted = record["leaves"], spec(abstract)
     differ = [k for k in {**saved, **wanted} if saved.get(k) != wanted.get(k)]
+    differ.sort(key=lambda k: k in saved and k in wanted)  # what is absent says most
     if differ:
-        shown = "; ".join(
-            f"{k}: saved {saved.get(k, 'absent')}, wanted {wanted.get(k, 'absent')}"
-            for k in differ[:3]
-        )
-        raise BadInput(f"{folder / str(step)} holds another model, choose another folder: {shown}")
+        k, more = differ[0], f" and {len(differ) - 1} more" if len(differ) > 1 else ""
+        shown = f"{k}: saved {saved.get(k, 'absent')}, wanted {wanted.get(k, 'absent')}{more}"
+        raise BadInput(f"{folder / str(step)} holds another model ({shown}): choose another folder")
     data = jax.tree.map(_abstract_data, abstract)
     tree = ocp.load(str(folder.absolute() / str(step)), {"state": data})
     return jax.tree.map(_from_data, tree["state"], abstract)

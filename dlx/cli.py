@@ -63,7 +63,8 @@ def main(
         if "--debug" in args:
             raise
         line = f"error: {' '.join(str(e).split())}"
-        print(line if len(line) < 200 else f"{line[:196]}...", file=sys.stderr)
+        # The middle gives way: what is wrong comes first, what to do comes last.
+        print(line if len(line) < 200 else f"{line[:100]}...{line[-96:]}", file=sys.stderr)
         code = 2
     except FloatingPointError as e:
         if "--debug" in args:
@@ -80,7 +81,7 @@ def _main(config_class, build, presets, args) -> int:
     from dlx import guard
 
     with guard.signals():
-        name = _name()
+        name = _name(build)
         command, config, flags = parse(config_class, presets, args, name)
         _setup(flags)
         folder = Path(flags.workdir or Path("runs") / name)
@@ -260,8 +261,10 @@ def _seeds(text: str) -> list[int] | None:
     raise BadInput(f"seeds {text!r} cannot be read: write 0..4 or 0,2,5")
 
 
-def _name() -> str:
-    """What the run is called: the module behind `python -m`, or the script."""
+def _name(build: Callable[..., Any]) -> str:
+    """What the run is called: the experiment's module, or the script."""
+    if build.__module__ != "__main__":
+        return build.__module__.rpartition(".")[2]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.name:
         return spec.name.removesuffix(".__main__").rpartition(".")[2]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,19 +77,21 @@ def fit(
     (3.0, [10, 20])
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
-    abstract = _check(experiment, run, given, mesh)  # before a folder is taken or erased
+    checked = _check(experiment, run, given, mesh)  # before a folder is taken or erased
     with contextlib.ExitStack() as stack:
         folder = None
         if workdir is not None:
             folder = Path(workdir)
             stack.enter_context(guard.lock(folder))
             guard.check_config(folder, config or {"run": dataclasses.asdict(run)}, fresh)
-        return _fit(experiment, run, folder, given, mesh, writers, profile, abstract)
+        return _fit(experiment, run, folder, given, mesh, writers, profile, *checked)
 
 
-def _check(experiment: Experiment, run: Run, given: Any, mesh: Any) -> Any:
-    """What can be wrong is found before anything compiles. -> The state's shapes, each with its
-    sharding."""
+def _check(experiment: Experiment, run: Run, given: Any, mesh: Any) -> tuple[Any, int, Any]:
+    """What can be wrong is found before anything compiles.
+
+    -> (the state's shapes, each with its sharding; examples in a batch; an empty log window)
+    """
     if run.best is not None and run.best[0].split("/")[0] not in experiment.evals:
         raise BadInput(
             f"best names {run.best[0]!r} and the evaluations are "
@@ -96,7 +99,10 @@ def _check(experiment: Experiment, run: Run, given: Any, mesh: Any) -> Any:
         )
     abstract = jax.eval_shape(experiment.init, jax.random.key(run.seed), given)
     abstract = sharding.place(abstract, mesh, experiment.rules)
-    _open(experiment, abstract, 0, run, mesh)
+    with _batches(experiment, 0, mesh) as batches:
+        batch = _next(batches, 1)
+    size = sharding.check_batch(batch, mesh)
+    empty = _check_step(experiment, abstract, batch)
     for name, measure in experiment.evals.items():
         if name in ("train", "test", "timing"):
             raise BadInput(f"an evaluation is named {name!r}, as other rows are: rename it")
@@ -104,7 +110,7 @@ def _check(experiment: Experiment, run: Run, given: Any, mesh: Any) -> Any:
             found = [f"{name}/{k}" for k in names(abstract)]
             if run.best is not None and run.best[0].split("/")[0] == name:
                 _check_best(run, found)
-    return abstract
+    return abstract, size, empty
 
 
 def _check_best(run: Run, found: Any) -> None:
@@ -113,14 +119,14 @@ def _check_best(run: Run, found: Any) -> None:
         raise BadInput(f"best names {run.best[0]!r} and the evaluations give {names}: use one")
 
 
-def _fit(experiment: Experiment, run: Run, folder: Any, given, mesh, writers, profile, abstract):
+def _fit(
+    experiment: Experiment, run: Run, folder: Any, given, mesh, writers, profile, abstract, size,
+    empty,
+):  # fmt: skip
     # ---- Restore: the newest whole checkpoint, and the log cut back to it ----
     start, record, rows = 0, None, {}
     if folder is not None:
         start, record, rows = runs.find(folder, run)
-
-    # ---- Data: the first batch tells the remaining shapes ----
-    batches, size, empty = _open(experiment, abstract, start, run, mesh)
 
     # ---- State ----
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -131,7 +137,7 @@ def _fit(experiment: Experiment, run: Run, folder: Any, given, mesh, writers, pr
     if folder is not None and record is not None:
         say(f"resuming {folder} at step {start}")
         state = checkpoint.restore(folder / "checkpoints", start, record, abstract)
-        window = runs.window_from(record["window"], empty) if start < run.steps else empty
+        window = runs.window_from(record["window"], empty)
     else:
         places = jax.tree.map(lambda x: x.sharding, abstract)
         key = jax.random.key(run.seed)
@@ -147,11 +153,16 @@ def _fit(experiment: Experiment, run: Run, folder: Any, given, mesh, writers, pr
     log = writers_lib.Log(rows, list(writers), size)
     table = {} if record is None else runs.evaluations(record)
     try:
-        state, best, complete = _train(
-            experiment, run, folder, mesh, log, table, carry, batches, profile
-        )
+        with _batches(experiment, start, mesh) as batches:
+            state, best, complete = _train(
+                experiment, run, folder, mesh, log, table, carry, batches, profile
+            )
         if complete:
             state = _finish(experiment, run, folder, mesh, log, table, state, best, abstract)
+    except KeyboardInterrupt as stop:  # within the test or the pictures: training is saved
+        if isinstance(stop, guard.Stopped):
+            raise
+        say("stopped after the last step: the same command goes on")
     finally:
         log.close()
     return state, log.history
@@ -204,6 +215,7 @@ def _train(
                     log.flush()
                     with jax.set_mesh(mesh):
                         results = evaluate(experiment, box[0][0])
+                    _check_finite(done, results)
                     _check_best(run, results)
                     table[done] = results
                     log.emit(done, "eval", results)
@@ -299,18 +311,17 @@ def _scanned(advance: Callable, k: int) -> Callable:
 # ---- Before and after --------------------------------------------------------------------------
 
 
-def _open(experiment: Experiment, abstract: Any, start: int, run: Run, mesh: Any):
-    """-> (batches from `start` on, examples in one, an empty log window)."""
-    if start >= run.steps:  # nothing left to train: no batch is asked for
-        return iter(()), 0, {"sums": {}, "bad": np.int32(0)}
+@contextlib.contextmanager
+def _batches(experiment: Experiment, start: int, mesh: Any) -> Iterator[Iterator[Any]]:
+    """The batches from step `start` on; what reads ahead is told when nobody asks any more."""
     batches: Iterator[Any] = itertools.repeat({})
     if experiment.data is not None:
         batches = iter(experiment.data(start, sharding.rows(mesh)))
-    batch = _next(batches, 1)
-    size = sharding.check_batch(batch, mesh)
-    empty = _check_step(experiment, abstract, batch)
-    empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), empty)
-    return itertools.chain([batch], batches), size, empty
+    try:
+        yield batches
+    finally:
+        if close := getattr(batches, "close", None):
+            close()
 
 
 def _next(batches: Iterator[Any], k: int) -> Any:
@@ -321,7 +332,7 @@ def _next(batches: Iterator[Any], k: int) -> Any:
 
 
 def _check_step(experiment: Experiment, abstract: Any, batch: Any) -> Any:
-    """The shapes of an empty log window; a state that would change shape or dtype is named."""
+    """An empty log window; a state that would change shape or dtype is named."""
     after, values = jax.eval_shape(experiment.step, abstract, batch)
     before, now = checkpoint.spec(abstract), checkpoint.spec(after)
     for name in {**before, **now}:
@@ -335,7 +346,7 @@ def _check_step(experiment: Experiment, abstract: Any, batch: Any) -> Any:
     for name, pair in empty["sums"].items():
         if pair[0].shape or pair[1].shape:
             raise BadInput(f"metric {name!r} has shape {pair[0].shape}: it must be a scalar")
-    return empty
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), empty)
 
 
 def evaluate(experiment: Experiment, state: Any) -> dict[str, float]:
@@ -345,6 +356,11 @@ def evaluate(experiment: Experiment, state: Any) -> dict[str, float]:
         for name, measure in experiment.evals.items()
         for k, v in measure(state).items()
     }
+
+
+def _check_finite(step: int, values: Mapping[str, float]) -> None:
+    if bad := [k for k, v in values.items() if not math.isfinite(v)]:
+        raise FloatingPointError(f"{' and '.join(bad)} not finite at step {step}")
 
 
 def _draw(experiment: Experiment, state: Any, mesh: Any, folder: Path | None, suffix: str) -> None:
@@ -367,8 +383,9 @@ def _finish(experiment, run, folder, mesh, log, table, state, best_state, abstra
     tested = {}
     if experiment.test is not None:
         with jax.set_mesh(mesh):
-            tested = {k: float(v) for k, v in experiment.test(state).items()}
-        log.emit(run.steps, "test", {f"test/{k}": v for k, v in tested.items()})
+            tested = {f"test/{k}": float(v) for k, v in experiment.test(state).items()}
+        _check_finite(run.steps, tested)
+        log.emit(run.steps, "test", tested)
     if folder is not None:
         _draw(experiment, state, mesh, folder, "")
         writers_lib.curves(folder, log.history)
@@ -379,7 +396,7 @@ def _finish(experiment, run, folder, mesh, log, table, state, best_state, abstra
             "seed": run.seed,
             "parameters": parameters(abstract),
             "validation": table[chosen],
-            "test": tested,
+            "test": {k.removeprefix("test/"): v for k, v in tested.items()},
         }
         guard.write_json(folder / "result.json", result)
     return state

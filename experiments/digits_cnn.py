@@ -9,7 +9,7 @@ Expected  test accuracy above a tuned RBF-SVC on the same split; 99.3 % is the t
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optax
@@ -39,27 +39,37 @@ CARD = {
 class Config:
     """A small CNN on handwritten digits."""
 
-    channels: tuple[int, ...] = (24, 32, 64)  # of each 3 x 3 convolution
-    pool: tuple[bool, ...] = (False, True, True)  # whether a 2 x 2 maximum follows it
+    channels: tuple[int, ...] = (16, 32, 128)  # of each 3 x 3 convolution
+    pool: tuple[bool, ...] = (False, True, False)  # whether a 2 x 2 maximum follows it
+    padding: tuple[Literal["SAME", "VALID"], ...] = ("VALID", "SAME", "VALID")  # at its border
     dropout: float = 0.3  # rate before the classifier
-    batch_size: int = 64  # examples a step
-    learning_rate: float = 3e-3  # peak of a warm-up and cosine schedule
-    weight_decay: float = 1e-2  # AdamW's
+    batch_size: int = 128  # examples a step
+    learning_rate: float = 8e-3  # peak of a warm-up and cosine schedule
+    weight_decay: float = 0.1  # AdamW's
     label_smoothing: float = 0.1  # share of the target spread over all classes
-    degrees: float = 12.0  # augmentation: rotation
-    scale: float = 0.12  # augmentation: log of the stretch, and shear
+    degrees: float = 10.0  # augmentation: rotation
+    scale: float = 0.1  # augmentation: log of the stretch, and shear
     shift: float = 1.0  # augmentation: pixels
-    ema: float = 0.99  # decay of the averaged parameters that are evaluated
-    run: dlx.Run = dlx.Run(steps=1600, eval_every=200, save_every=200)
+    ema: float = 0.98  # decay of the averaged parameters that are evaluated
+    run: dlx.Run = dlx.Run(steps=500, log_every=25, eval_every=125, save_every=250)
 
     def __post_init__(self):
-        if len(self.channels) != len(self.pool):
-            raise dlx.BadInput(
-                f"channels has {len(self.channels)} layers and pool {len(self.pool)}: "
-                "give one value a layer"
-            )
+        for name in ("pool", "padding"):
+            if len(self.channels) != len(getattr(self, name)):
+                raise dlx.BadInput(
+                    f"channels has {len(self.channels)} layers and {name} "
+                    f"{len(getattr(self, name))}: give one value a layer"
+                )
         if min(self.channels, default=0) < 1:
             raise dlx.BadInput(f"channels is {self.channels}: each layer needs 1 or more")
+        size = 8
+        for pool, padding in zip(self.pool, self.padding, strict=True):
+            size = (size - 2 * (padding == "VALID")) // (1 + pool)
+        if size < 1:
+            raise dlx.BadInput(
+                f"padding {self.padding} and pool {self.pool} leave nothing of 8 x 8 pixels: "
+                "take SAME for one, or a pool less"
+            )
         for name in ("weight_decay", "degrees", "scale", "shift"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise dlx.BadInput(f"{name} is {getattr(self, name)}: it must be 0 or more")
@@ -75,7 +85,7 @@ PRESETS = {
     "laptop": Config(),
     "paper": Config(),
     "test": Config(
-        channels=(4, 8, 8), batch_size=32,
+        channels=(4, 8, 16), batch_size=32,
         run=dlx.Run(steps=60, log_every=10, eval_every=20, save_every=20,
                     best=("validation/loss", "min")),
     ),
@@ -83,7 +93,9 @@ PRESETS = {
 
 
 def build(config: Config) -> dlx.Experiment:
-    model: Any = cnn.SmallCNN(config.channels, config.pool, digits.CLASSES, config.dropout)
+    model: Any = cnn.SmallCNN(
+        config.channels, config.pool, digits.CLASSES, config.dropout, config.padding
+    )
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.run.steps // 10, config.run.steps
     )
@@ -131,19 +143,19 @@ def test(evaluate, state):
 
 @functools.cache
 def baselines():
-    """Test accuracy of 1-nearest-neighbour, and of an RBF-SVC tuned by cross-validation.
+    """Test accuracy of 1-nearest-neighbour, and of an RBF-SVC tuned on the validation images.
 
-    Both learn from the training and the validation images together.
+    Both then learn from the training and the validation images together.
     """
-    from sklearn.model_selection import GridSearchCV
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.svm import SVC
 
     parts = {k: (v["image"].reshape(-1, 64), v["label"]) for k, v in digits.load().items()}
+    grid = [{"C": C, "gamma": gamma} for C in (1, 10) for gamma in (0.05, 0.1, 0.2)]
+    tuned = max(grid, key=lambda at: SVC(**at).fit(*parts["train"]).score(*parts["validation"]))
     both = [np.concatenate(x) for x in zip(parts["train"], parts["validation"], strict=True)]
-    svc = GridSearchCV(SVC(), {"C": [1, 10], "gamma": [0.05, 0.1, 0.2]}, cv=5).fit(*both)
     return {
-        "accuracy_svc": svc.score(*parts["test"]),
+        "accuracy_svc": SVC(**tuned).fit(*both).score(*parts["test"]),
         "accuracy_1nn": KNeighborsClassifier(1).fit(*both).score(*parts["test"]),
     }
 

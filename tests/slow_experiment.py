@@ -42,7 +42,8 @@ from dlx import checkpoint, metrics  # noqa: E402
 class Config:
     """Noisy steps of a few matrices."""
 
-    depth: int = 2  # matrices; every one is compiled on its own
+    depth: int = 2  # matrices
+    gammas: int = 0  # incomplete gamma functions: each takes XLA a good half second to compile
     width: int = 128  # of the matrices
     learning_rate: float = 0.02  # of plain descent
     run: dlx.Run = dataclasses.field(
@@ -66,6 +67,9 @@ def build(config: Config) -> dlx.Experiment:
     def loss(params, x):
         for i in range(config.depth):
             x = x + jnp.sin(x @ params[f"w{i}"])
+        for i in range(config.gammas):
+            part = jax.scipy.special.gammainc(1.0 + i + jnp.tanh(x[:, :8]) / 2, 2.0)
+            x = jnp.concatenate([x[:, :8] + 0.01 * part, x[:, 8:]], axis=1)
         return jnp.square(jnp.roll(x, 1, axis=1) - x).mean()
 
     def step(state, batch):

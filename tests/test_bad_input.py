@@ -277,8 +277,10 @@ CASES = {
     "one dash": case("-steps 10", "'-steps'", "--steps"),
     "no such command": case("trian", "'trian'", "did you mean train?"),
     "a command after its flags": case(f"{TRAIN} --keep 2 eval", "'eval'", "first"),
-    "steps a call": case("--steps-per-call 7", "log_every 50", "steps_per_call 7", "change"),
+    "steps a call": case("--steps-per-call 7", "log_every 25", "steps_per_call 7", "change"),
     "layers that differ": case("--channels 4 8", "channels has 2", "pool 3", "one value a layer"),
+    "nothing left": case("--pool True True True", "8 x 8", "a pool less"),
+    "no such padding": case("--padding SAME SAME VALUE", "--padding", "'VALUE'", "VALID"),
     "seeds with a dash": case(f"{TRAIN} --seeds 0-4", "'0-4'", "0..4 or 0,2,5"),
     "seeds backwards": case(f"{TRAIN} --seeds 4..0", "'4..0'", "0..4 or 0,2,5"),
     "seeds by name": case(f"{TRAIN} --seeds all", "'all'", "0..4 or 0,2,5"),
@@ -323,8 +325,8 @@ CASES = {
     ),
     "another configuration in many words": case(
         f"{TRAIN} --channels 16 32 64 64 128 128 --pool True False True False True False "
-        "--best validation/accuracy max",
-        "channels [4, 8, 8] -> [16, 32", "--fresh", "--workdir", folder=complete,
+        "--padding SAME SAME SAME SAME SAME SAME --best validation/accuracy max",
+        "channels [4, 8, 16] -> [16, 32", "--fresh", "--workdir", folder=complete,
     ),
     "another configuration, unfinished": case(
         f"{TRAIN} --steps 6", "run.steps 4 -> 6", "--fresh", "--workdir", folder=unfinished
@@ -378,12 +380,12 @@ CASES = {
     # Checkpoints
     "other shapes": case(
         "eval --workdir run", "run/checkpoints", "another model", "conv3/kernel",
-        "float32[3, 3, 8, 8]", "float32[3, 3, 8, 6]", "folder",
+        "float32[3, 3, 8, 16]", "float32[3, 3, 8, 6]", "folder",
         folder=config_with(channels=[4, 8, 6]),
     ),
     "other layers": case(
-        "eval --workdir run", "another model", "conv4/kernel", "absent", "folder",
-        folder=config_with(channels=[4, 8, 8, 8], pool=[True, False, True, False]),
+        "eval --workdir run", "another model", "conv4/kernel", "absent", "choose another folder",
+        folder=config_with(channels=[4, 8, 16, 8], pool=[False, True] * 2, padding=["SAME"] * 4),
     ),
     "of a newer dlx": case(
         "eval --workdir run", "format 1", "up to 0", "update dlx",

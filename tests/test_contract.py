@@ -546,12 +546,11 @@ def test_timings_stay_out_of_the_log(tmp_path, mesh):
         ("min", {2: 1.0, 4: -3.0, 6: 2.0}, 4),
         ("min", {2: 1.0, 4: -3.0, 6: -3.0, 10: -3.0}, 4),
         ("max", {4: -3.0, 2: -1.0, 6: -1.0, 8: -1.0, 10: -1.0}, 2),
-        ("max", {2: 1.0, 4: float("nan"), 6: 0.0}, 2),
         ("max", {10: 1.0}, 10),
     ],
 )
 def test_validation_chooses(direction, scores, best, in_memory, tmp_path, mesh):
-    """The highest or the lowest, of equal ones the earlier; never a NaN."""
+    """The highest or the lowest, of equal ones the earlier."""
     run = dlx.Run(
         steps=10, log_every=5, eval_every=2, save_every=5, keep=1, best=("validation/s", direction)
     )
@@ -701,6 +700,42 @@ def test_a_metric_that_is_not_finite_is_named(k, tmp_path, mesh):
         assert writers.read(tmp_path / "metrics.jsonl") == []
     with pytest.raises(FloatingPointError, match="bad not finite at step 7; no checkpoint"):
         dlx.fit(PENCIL._replace(step=bad), run, mesh=mesh, writers=[])
+
+
+@pencil
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_evaluation_that_is_not_finite_is_named(value, tmp_path, mesh):
+    """It is in no file (JSON has no such number), and its step is not saved."""
+    scores = {"validation": lambda state: {"s": value if int(state["n"]) > 5 else 1.0}}
+    with pytest.raises(FloatingPointError) as e:
+        dlx.fit(PENCIL._replace(evals=scores), RUN, workdir=tmp_path, mesh=mesh, writers=[])
+    expected = "validation/s not finite at step 8; the last good checkpoint is step 4"
+    assert str(e.value) == expected
+    assert on_disk(tmp_path) == [4]
+    assert [row["step"] for row in writers.read(tmp_path / "metrics.jsonl")] == [3, 5, 6, 8]
+
+    bad = PENCIL._replace(test=lambda state: {"n": value})
+    with pytest.raises(FloatingPointError, match="test/n not finite at step 8"):
+        dlx.fit(bad, RUN, workdir=tmp_path, mesh=mesh, writers=[])
+    assert on_disk(tmp_path)[-1] == 8 and not (tmp_path / "result.json").exists()
+
+
+@pencil
+def test_ctrl_c_within_the_test(uninterrupted, tmp_path, mesh):
+    """Training is saved by then: fit returns, and a later call tests."""
+    expected, history, files = uninterrupted(RUN)
+
+    def impatient(state):
+        raise KeyboardInterrupt
+
+    again = PENCIL._replace(test=impatient)
+    state, rows = dlx.fit(again, RUN, workdir=tmp_path, mesh=mesh, writers=[])
+    assert rows == history[:-1] and not (tmp_path / "result.json").exists()
+    assert_same(state, expected)
+    state, rows = dlx.fit(PENCIL, RUN, workdir=tmp_path, mesh=mesh, writers=[])
+    assert rows == history
+    assert_same(state, expected)
+    assert {name: (tmp_path / name).read_bytes() for name in files} == files
 
 
 @pencil

@@ -151,12 +151,11 @@ def test_check_returns_what_it_was_given():
 
 
 def forced(monkeypatch, *, angle=0.0, stretch=(0.0, 0.0), shear=0.0, offset=(0.0, 0.0)):
-    """Takes the chance out of `affine`: its four draws are these."""
-    draws = iter([angle, stretch, shear, offset])
+    """Takes the chance out of `affine`: an image's draws, in units of the limits, are these."""
 
     def uniform(key, shape, dtype, low, high):
-        assert low == -high
-        return jnp.broadcast_to(jnp.asarray(next(draws), dtype), shape)
+        assert (low, high) == (-1, 1)
+        return jnp.broadcast_to(jnp.asarray([angle, *stretch, shear, *offset], dtype), shape)
 
     monkeypatch.setattr(jax.random, "uniform", uniform)
 

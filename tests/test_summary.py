@@ -155,7 +155,8 @@ def test_the_step_of_the_small_cnn():
 
 
 def test_summary_of_the_digits():
-    config = digits_cnn.Config((32, 64, 64), (True, False, True), batch_size=64)
+    same = ("SAME",) * 3
+    config = digits_cnn.Config((32, 64, 64), (True, False, True), same, batch_size=64)
     experiment = digits_cnn.build(config)
     batch = next(experiment.data(0, lambda n: slice(0, n)))
     with jax.numpy_dtype_promotion("standard"):  # optax promotes within itself

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import Any
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 
 from dlx.data import arrays
+from dlx.errors import BadInput
 
 CLASSES = 10
+# Of the 1,797 rows of 64 pixels and a label, as uint8.
+SHA256 = "68aea062d35a127749050fa0e52dca09d6569ac08092c925610e0954e172dde2"
 TEST, VALIDATION = 36, 18  # images of each class; the others train
 
 
@@ -26,10 +30,7 @@ def load() -> dict[str, dict[str, np.ndarray]]:
     64 pixels; the first 36 are for testing, the next 18 for validation. So no library's random
     numbers decide, and 1,257 / 180 / 360 images remain what they are.
     """
-    from sklearn.datasets import load_digits
-
-    raw: Any = load_digits()
-    images, labels = raw.images.astype(np.uint8), raw.target.astype(np.int32)  # (N, 8, 8), (N,)
+    images, labels = _read()  # (N, 8, 8) uint8, (N,)
     digest = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
     parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for c in range(CLASSES):
@@ -45,3 +46,17 @@ def load() -> dict[str, dict[str, np.ndarray]]:
         )
         for name, index in parts.items()
     }
+
+
+def _read() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's own file, without importing scikit-learn, which takes a second."""
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None and package.submodule_search_locations  # a dependency of dlx
+    path = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    try:
+        rows = np.loadtxt(path, np.uint8, delimiter=",")  # (N, 65): 64 pixels and the label
+    except (OSError, ValueError) as e:
+        raise BadInput(f"digits cannot be read from {path} ({e}): reinstall scikit-learn") from e
+    if hashlib.sha256(rows.tobytes()).hexdigest() != SHA256:
+        raise BadInput(f"digits in {path} are not the known 1,797: reinstall scikit-learn")
+    return rows[:, :64].reshape(-1, 8, 8), rows[:, 64].astype(np.int32)

@@ -24,17 +24,14 @@ def affine(
     """
     B, H, W, _ = images.shape
 
-    def uniform(key, shape, limit):
-        return jax.random.uniform(key, shape, images.dtype, -limit, limit)
-
     def axis(size):
         return jnp.arange(size, dtype=images.dtype)
 
-    k = jax.random.split(key, 4)
-    angle = uniform(k[0], (B, 1), degrees) * (jnp.pi / 180)
-    stretch = jnp.exp(uniform(k[1], (B, 2), scale))
-    shear = uniform(k[2], (B, 1), scale)
-    offset = uniform(k[3], (B, 2), shift)
+    u = jax.random.uniform(key, (B, 6), images.dtype, -1, 1)  # one draw: each takes a CPU .1 ms
+    angle = u[:, :1] * (degrees * jnp.pi / 180)
+    stretch = jnp.exp(u[:, 1:3] * scale)
+    shear = u[:, 3:4] * scale
+    offset = u[:, 4:] * shift
     y, x = jnp.meshgrid(axis(H) - (H - 1) / 2, axis(W) - (W - 1) / 2, indexing="ij")
     y, x = stretch[:, :1] * y.reshape(1, -1), stretch[:, 1:] * x.reshape(1, -1)  # (B, H W)
     y = y + shear * x

@@ -13,6 +13,7 @@ Symbols: B batch, H and W height and width, C channels.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,9 +21,7 @@ import jax.numpy as jnp
 
 from dlx.nn.conv import conv_general_dilated, max_pool
 
-conv = partial(
-    nn.Conv, kernel_size=(3, 3), use_bias=False, conv_general_dilated=conv_general_dilated
-)
+conv = partial(nn.Conv, use_bias=False, conv_general_dilated=conv_general_dilated)
 
 
 class SmallCNN(nn.Module):
@@ -33,6 +32,7 @@ class SmallCNN(nn.Module):
       pool: whether a maximum follows each convolution.
       classes: logits.
       dropout: rate before the linear layer.
+      padding: of all convolutions or of each: "SAME" keeps the size, "VALID" takes 2 off.
       dtype: of the computation; parameters are float32 in any case.
     """
 
@@ -40,13 +40,17 @@ class SmallCNN(nn.Module):
     pool: tuple[bool, ...] = (True, False, True)
     classes: int = 10
     dropout: float = 0.3
+    padding: str | tuple[str, ...] = "SAME"
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """(B, H, W, C) -> logits (B, classes)."""
-        for i, (channels, pool) in enumerate(zip(self.channels, self.pool, strict=True), 1):
-            x = conv(channels, dtype=self.dtype, name=f"conv{i}")(x)  # (B, H, W, channels)
+        one = isinstance(self.padding, str)
+        paddings: Any = (self.padding,) * len(self.channels) if one else self.padding
+        layers = zip(self.channels, self.pool, paddings, strict=True)
+        for i, (channels, pool, padding) in enumerate(layers, 1):  # (B, H, W, channels)
+            x = conv(channels, (3, 3), padding=padding, dtype=self.dtype, name=f"conv{i}")(x)
             x = nn.BatchNorm(not train, momentum=0.9, dtype=self.dtype, name=f"norm{i}")(x)
             x = nn.relu(x)
             x = max_pool(x) if pool else x  # (B, H/2, W/2, channels)
