@@ -33,7 +33,7 @@ def test_python_blocks_run(tmp_path):
     (tmp_path / "notebook.py").write_text("\n".join(notebook))
     done = run(["-W", "error", "notebook.py"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "(4, 8, 8) " in done.stdout
+    assert "(4, 8, 16) " in done.stdout
 
 
 def test_own_experiment_runs(tmp_path):
