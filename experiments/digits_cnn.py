@@ -2,8 +2,8 @@
 
 Paper     LeCun et al., "Gradient-Based Learning Applied to Document Recognition", 1998
 Command   python -m experiments.digits_cnn
-Hardware  a laptop; the published record says which machine, how long and which seeds
-Expected  test accuracy above a tuned RBF-SVC on the same split; 99.3 % is the target
+Hardware  2 CPU cores, 20 s; the published record says which machine, how long and which seeds
+Expected  test accuracy 99.4 %, above a tuned RBF-SVC and 1-nearest-neighbour on the same split
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ CARD = {
     "bar": {"metric": "test/accuracy_svc", "source": "RBF-SVC tuned on the same split"},
     "also": {"1-nearest-neighbour": "test/accuracy_1nn"},
     "reported": None,  # the paper's data is another: its figures are the business of MNIST
-    "time": "1 min",
+    "time": "20 s",
 }
 
 
