@@ -11,6 +11,7 @@ This is the only file that knows Orbax.
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import hashlib
 import json
 import os
@@ -194,6 +195,10 @@ class Saver:
                 future.result()
             except KeyboardInterrupt:
                 self._future = future
+                raise
+            except Exception as e:  # tensorstore's own kinds among them
+                if "No space left" in str(e):
+                    raise OSError(errno.ENOSPC, "No space left on device", str(self._folder)) from e
                 raise
 
     def close(self) -> None:

@@ -2,8 +2,8 @@
 
     python -m experiments.NAME [train|eval|summary|sample] [--preset NAME] [--field value ...]
 
-Exit codes: 0 done; 1 the run diverged; 2 bad input, told in one line; 75 stopped on purpose and
-saved, the same command goes on.
+Exit codes: 0 done; 1 the run diverged or the disk is full; 2 bad input, told in one line; 75
+stopped on purpose and saved, the same command goes on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import itertools
 import json
@@ -56,6 +57,7 @@ def main(
       presets: {name: configuration}; the first is the default.
       args: the arguments; None takes the process's.
     """
+    whole_process = args is None
     args = sys.argv[1:] if args is None else args
     try:
         code = _main(config_class, build, presets, args)
@@ -71,9 +73,19 @@ def main(
             raise
         print(f"diverged: {e}; lower the learning rate or clip gradients", file=sys.stderr)
         code = 1
+    except OSError as e:
+        if "--debug" in args or e.errno != errno.ENOSPC:
+            raise
+        where = f" ({e.filename})" if e.filename else ""
+        print(f"error: {e.strerror}{where}: make room, the same command goes on", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         code = 75
     sys.stdout.flush()
+    if code == 75 and whole_process:
+        # All is on disk; to take the runtime apart while it still computes can crash.
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -176,7 +176,8 @@ def _train(
 ):
     """Steps until `run.steps` or Ctrl-C -> (state, best state where there is no folder, whether
     the run is complete). Fills `table`, {step: evaluation}, and `log`."""
-    box = [carry]  # (state, log window, position): one consistent set, whenever an interrupt comes
+    arrays, pack, unpack = _packed(carry)
+    box = [arrays]  # state, log window, position: one consistent set, whenever an interrupt comes
     done: int = int(carry[2])
     saved: int = done
     best_state = None
@@ -187,7 +188,7 @@ def _train(
     def save(amend: bool = False) -> None:
         nonlocal saved
         assert folder is not None
-        state, window, _ = box[0]
+        state, window, _ = unpack(box[0])
         log.flush()  # first: the record knows how long the log is
         window = jax.device_get(window)
         metrics.check_window(window)
@@ -201,10 +202,16 @@ def _train(
         saved = done
 
     advance = _advance(experiment.step, run.log_every)
-    places = jax.tree.map(lambda x: x.sharding, carry)  # told, or the second call compiles again
     several = _scanned(advance, run.steps_per_call)
-    single = jax.jit(advance, donate_argnums=0, out_shardings=places)
-    several = jax.jit(several, donate_argnums=0, out_shardings=places)
+    places = jax.tree.map(lambda x: x.sharding, arrays)  # told, or the second call compiles again
+
+    def compiled(fn: Callable) -> Callable:
+        def advance(state, rest, batch):  # the window is not donated: the log reads it later
+            return pack(fn(*unpack((state, rest)), batch))
+
+        return jax.jit(advance, donate_argnums=0, out_shardings=places)
+
+    single, several = compiled(advance), compiled(several)
     trace = writers_lib.Profile(folder / "profile" if profile and folder is not None else None)
     try:
         while True:
@@ -214,7 +221,7 @@ def _train(
                 if evaluated := due and done not in table:
                     log.flush()
                     with jax.set_mesh(mesh):
-                        results = evaluate(experiment, box[0][0])
+                        results = evaluate(experiment, unpack(box[0])[0])
                     _check_finite(done, results)
                     _check_best(run, results)
                     table[done] = results
@@ -228,9 +235,9 @@ def _train(
                     elif done == saved and evaluated:
                         save(amend=True)
                 elif evaluated and done == best:
-                    best_state = jax.tree.map(jnp.copy, box[0][0])
+                    best_state = jax.tree.map(jnp.copy, unpack(box[0])[0])
                 if run.picture_every and done > 0 and done % run.picture_every == 0:
-                    _draw(experiment, box[0][0], mesh, folder, f"_{done:07d}")
+                    _draw(experiment, unpack(box[0])[0], mesh, folder, f"_{done:07d}")
             if done >= run.steps:
                 break
 
@@ -240,7 +247,8 @@ def _train(
             batch = sharding.put(_next(batches, k), mesh, lead=int(k > 1))
 
             # 4. Step. An interrupt between the call and the assignment of its result would lose
-            # the donated state; `map` into a slice stays within C, where no interrupt comes.
+            # the donated state; `map` into a slice stays within C, where no interrupt comes, as
+            # long as what goes in and out is lists of arrays.
             guard.unsaved.set()
             with trace, jax.transfer_guard("disallow"):
                 box[:] = map(several if k > 1 else single, *((x,) for x in box[0]), (batch,))
@@ -249,16 +257,16 @@ def _train(
             # 5. Log, one window late: so the device is never waited for.
             if done % run.log_every == 0 or done == run.steps:
                 log.flush()
-                log.later(done, box[0][1])
+                log.later(done, unpack(box[0])[1])
         log.flush()
         if saver is not None:
             saver.wait()
-        return box[0][0], best_state, True
+        return unpack(box[0])[0], best_state, True
     except KeyboardInterrupt as stop:
         # It may have come between any two lines above: the rows of this step are told again, and
         # what the log has already it leaves out.
-        state, window, position = box[0]
-        if any(x.is_deleted() for x in jax.tree.leaves(state)):  # only in a call that compiles
+        state, window, position = unpack(box[0])
+        if any(x.is_deleted() for x in box[0][0]):  # only in a call that compiles
             say("stopped within a step: the last checkpoint stands")
         elif saver is not None and folder is not None:
             done = int(position)
@@ -284,6 +292,36 @@ def _train(
         if saver is not None:
             saver.close()
         guard.unsaved.clear()
+
+
+Arrays = tuple[list[jax.Array], list[jax.Array]]
+
+
+def _packed(carry: tuple[Any, Any, Any]) -> tuple[Arrays, Callable, Callable]:
+    """-> ((the state's arrays, the log window's and the position), pack, unpack): what a call takes
+    and gives, and the way there and back.
+
+    Dataclasses, named tuples and PRNG keys are put together by Python code, which an interrupt can
+    come into. A list of arrays is not.
+    """
+    leaves, structure = jax.tree.flatten(carry)
+    size = len(jax.tree.leaves(carry[0]))
+    kinds = [
+        jax.random.key_impl(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else None
+        for x in leaves
+    ]
+
+    def pack(tree: Any) -> Arrays:
+        pairs = zip(jax.tree.leaves(tree), kinds, strict=True)
+        arrays = [jax.random.key_data(x) if kind else x for x, kind in pairs]
+        return arrays[:size], arrays[size:]
+
+    def unpack(arrays: Arrays) -> Any:
+        pairs = zip([*arrays[0], *arrays[1]], kinds, strict=True)
+        leaves = [jax.random.wrap_key_data(x, impl=kind) if kind else x for x, kind in pairs]
+        return jax.tree.unflatten(structure, leaves)
+
+    return pack(carry), pack, unpack
 
 
 def _advance(step_fn: Callable, log_every: int) -> Callable:

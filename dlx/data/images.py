@@ -43,3 +43,68 @@ def affine(
     wx = jnp.maximum(0, 1 - jnp.abs(x[..., None] - axis(W).reshape(1, 1, W)))  # (B, H W, W)
     out = jnp.einsum("bph,bhwc,bpw->bpc", wy, images, wx)  # (B, H W, C)
     return out.reshape(images.shape)
+
+
+def flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Each image mirrored left to right with probability 1/2. (B, H, W, C) -> the same."""
+    chosen = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
+    return jnp.where(chosen, images[:, :, ::-1], images)
+
+
+def crop(key: jax.Array, images: jax.Array, pad: int, mode: str = "constant") -> jax.Array:
+    """Each image padded by `pad` pixels and cropped to its size at a random place.
+
+    Args:
+      key: PRNG key.
+      images: (B, H, W, C).
+      pad: pixels on every side; the shift is uniform in +- pad along either axis.
+      mode: what the border holds: "constant" is zeros, "reflect" the image mirrored.
+    """
+    B, H, W, C = images.shape
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode)
+    corners = jax.random.randint(key, (B, 2), 0, 2 * pad + 1)
+
+    def window(image: jax.Array, corner: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (H, W, C))
+
+    return jax.vmap(window)(padded, corners)
+
+
+def cutout(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
+    """A square of `size` pixels set to zero in each image, its centre anywhere.
+
+    T. DeVries, G. Taylor, arXiv 1708.04552: near the border less than the square is cut out.
+    """
+    B, H, W, _ = images.shape
+    limits = jnp.array([H, W])
+    centre = jax.random.randint(key, (B, 2), jnp.zeros_like(limits), limits)
+
+    def within(length: int, axis: int) -> jax.Array:
+        first = centre[:, axis : axis + 1] - size // 2
+        place = jnp.arange(length).reshape(1, -1)
+        return (place >= first) & (place < first + size)  # (B, length)
+
+    hole = within(H, 0)[:, :, None] & within(W, 1)[:, None, :]  # (B, H, W)
+    return jnp.where(hole[..., None], jnp.zeros_like(images), images)
+
+
+def mixup(
+    key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float
+) -> tuple[jax.Array, jax.Array]:
+    """Each image mixed with another of the batch, their targets in the same proportion.
+
+    H. Zhang et al., arXiv 1710.09412: lambda ~ Beta(alpha, alpha), one for each image.
+
+    Args:
+      key: PRNG key.
+      images: (B, H, W, C).
+      targets: (B, classes) probabilities.
+      alpha: 0 mixes nothing; 1 mixes uniformly.
+    """
+    if not alpha:
+        return images, targets
+    draw, order = jax.random.split(key)
+    share = jax.random.beta(draw, alpha, alpha, (images.shape[0], 1), images.dtype)
+    other = jax.random.permutation(order, images.shape[0])
+    by = share[:, :, None, None]
+    return by * images + (1 - by) * images[other], share * targets + (1 - share) * targets[other]
