@@ -60,7 +60,7 @@ def main(
     whole_process = args is None
     args = sys.argv[1:] if args is None else args
     try:
-        code = _main(config_class, build, presets, args)
+        code = _main(config_class, build, presets, args, whole_process)
     except BadInput as e:
         if "--debug" in args:
             raise
@@ -82,17 +82,13 @@ def main(
     except KeyboardInterrupt:
         code = 75
     sys.stdout.flush()
-    if code == 75 and whole_process:
-        # All is on disk; to take the runtime apart while it still computes can crash.
-        sys.stderr.flush()
-        os._exit(code)
     sys.exit(code)
 
 
-def _main(config_class, build, presets, args) -> int:
+def _main(config_class, build, presets, args, whole_process) -> int:
     from dlx import guard
 
-    with guard.signals():
+    with guard.signals(whole_process):
         name = _name(build)
         command, config, flags = parse(config_class, presets, args, name)
         _setup(flags)

@@ -258,10 +258,20 @@ class Stopped(KeyboardInterrupt):
 
 unsaved = threading.Event()  # set by fit while it holds a step that no checkpoint has
 _received = threading.Event()
+_whole_process = threading.Event()  # nobody needs it after its run has stopped
+
+
+def leave() -> None:
+    """Ends the process with 75 where it is a command's own, once all is on disk. To unwind can
+    crash: an interrupted compilation leaves threads that still read what would be freed."""
+    if _whole_process.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(75)
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[None]:
+def signals(whole_process: bool = False) -> Iterator[None]:
     """SIGTERM, SIGINT and SIGUSR1 raise `Stopped`, once; a second one cannot spoil the save.
 
     A Python handler waits for C++ to return, and a compilation takes long. So a watcher thread
@@ -287,9 +297,12 @@ def signals() -> Iterator[None]:
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, name="dlx-signals", daemon=True)
     watcher.start()
+    if whole_process:
+        _whole_process.set()
     try:
         yield
     finally:
+        _whole_process.clear()
         signal.set_wakeup_fd(wakeup)
         for s, old in before.items():
             signal.signal(s, old)

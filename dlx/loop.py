@@ -281,6 +281,7 @@ def _train(
             saver.wait()
             say(f"stopped at step {done}, saved in {folder}: the same command goes on")
         if isinstance(stop, guard.Stopped):
+            guard.leave()
             raise
         return state, None, False
     except FloatingPointError as e:

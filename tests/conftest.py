@@ -35,3 +35,10 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def promoting():
+    """The promotion that flax and optax need within themselves; ours stays strict elsewhere."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

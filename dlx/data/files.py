@@ -6,7 +6,7 @@ import contextlib
 import gzip
 import hashlib
 import os
-import urllib.error
+import shutil
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,15 +46,14 @@ def find(name: str, file: str, url: str, installed: Sequence[str] = ()) -> Path:
     home = places[0]
     draft = home / f"{file}.part"
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=20) as source, open(draft, "wb") as target:
-            while block := source.read(1 << 20):
-                target.write(block)
+        with urllib.request.urlopen(url, timeout=20) as source:
+            home.mkdir(parents=True, exist_ok=True)
+            with open(draft, "wb") as target:
+                shutil.copyfileobj(source, target)
         draft.replace(home / file)
-    except (urllib.error.URLError, OSError) as e:
+    except OSError as e:  # URLError is one
         with contextlib.suppress(OSError):
             draft.unlink()
-            home.rmdir()
         raise BadInput(
             f"{name}: {file} is in none of {', '.join(map(str, places))}: get it from {url} "
             "and set DLX_DATA_DIR"

@@ -150,9 +150,9 @@ def vgg_from_torch(state: Mapping[str, np.ndarray], stages: tuple[int, ...]) -> 
 
     Args:
       state: {name: array}, as ``safetensors.numpy.load_file`` reads it.
-      stages: as the model's; whether it normalises is told by the names.
+      stages: as the model's; whether it normalises is told by the arrays.
     """
-    norm = any(name.endswith("running_mean") for name in state)
+    norm = any(np.ndim(v) == 1 for name, v in state.items() if name.endswith(".weight"))
     homes, place = {"classifier.0": "dense1", "classifier.3": "dense2", "classifier.6": "head"}, 0
     for i, count in enumerate(stages, 1):
         for j in range(1, count + 1):
