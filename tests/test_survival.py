@@ -31,7 +31,9 @@ ROOT = Path(__file__).parents[1]
 DIGITS = ("experiments.digits_cnn", "--preset", "test")
 SLOW = ("tests.slow_experiment",)
 STOPPED = 75
-CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] + "-survival"  # a kill may cut off what is there
+CACHE = "-".join([  # its own: a kill may cut off what is there
+    os.environ["JAX_COMPILATION_CACHE_DIR"], "survival", os.environ.get("PYTEST_XDIST_WORKER", "")
+])  # fmt: skip
 
 
 # ---- processes --------------------------------------------------------------------------------
