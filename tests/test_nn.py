@@ -71,3 +71,27 @@ def test_other_platforms_get_no_barrier(platform):
     assert text.count("stablehlo.convolution") == 3
     assert "optimization_barrier" not in text
     assert "optimization_barrier" in step.trace(x, k).lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_the_pool_behind_a_normalisation(x64, promoting):
+    """XLA makes the pool's input twice and rounds it otherwise: no gradient may be lost by that."""
+    random = np.random.default_rng(0)
+    x, k = random.normal(size=(3, 12, 8, 64)), random.normal(size=(3, 3, 64, 64))
+    norm = nn.BatchNorm(use_running_average=False)
+    variables = norm.init(jax.random.key(0), x)
+
+    def gradient(pool):
+        @jax.jit
+        def loss(params, x, k):
+            y = conv.conv_general_dilated(
+                x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            y, _ = norm.apply(variables | {"params": params}, y, mutable=["batch_stats"])
+            return jnp.sin(pool(nn.relu(y))).sum()
+
+        return jax.jit(jax.grad(loss))(variables["params"], x, k)
+
+    found = gradient(conv.max_pool)
+    wanted = gradient(lambda x: nn.max_pool(x, (2, 2), (2, 2)))
+    for name in found:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-9)

@@ -152,7 +152,8 @@ def vgg_from_torch(state: Mapping[str, np.ndarray], stages: tuple[int, ...]) -> 
       state: {name: array}, as ``safetensors.numpy.load_file`` reads it.
       stages: as the model's; whether it normalises is told by the arrays.
     """
-    norm = any(np.ndim(v) == 1 for name, v in state.items() if name.endswith(".weight"))
+    norm = any("running" in name or (name.endswith("weight") and np.ndim(x) == 1)
+               for name, x in state.items())  # fmt: skip
     homes, place = {"classifier.0": "dense1", "classifier.3": "dense2", "classifier.6": "head"}, 0
     for i, count in enumerate(stages, 1):
         for j in range(1, count + 1):
