@@ -242,6 +242,61 @@ def test_a_warp_is_linear_stays_in_range_and_differs_by_image_and_key():
     assert np.abs(np.asarray(images.affine(jax.random.key(2), x, **how)) - a).max() > 0.1
 
 
+def test_flip_mirrors_about_half_of_the_images():
+    x = np.random.default_rng(0).uniform(size=(400, 3, 4, 2)).astype(np.float32)
+    y = np.asarray(images.flip(jax.random.key(0), x))
+    mirrored = (y == x[:, :, ::-1]).all((1, 2, 3))
+    assert ((y == x).all((1, 2, 3)) != mirrored).all()  # one or the other
+    assert 150 < mirrored.sum() < 250
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_crop_is_a_window_of_the_padded_image(mode):
+    """Each of the 25 windows comes, and nothing else does."""
+    x = np.random.default_rng(0).uniform(size=(300, 6, 5, 2)).astype(np.float32)
+    y = np.asarray(images.crop(jax.random.key(0), x, 2, mode))
+    padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), mode)
+    seen = []
+    for i in range(len(x)):
+        found = [
+            (r, c)
+            for r in range(5)
+            for c in range(5)
+            if (padded[i, r : r + 6, c : c + 5] == y[i]).all()
+        ]
+        assert len(found) == 1
+        seen += found
+    assert len(set(seen)) == 25
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_cutout_is_a_square_with_its_centre_anywhere(size):
+    y = np.asarray(images.cutout(jax.random.key(0), np.ones((500, 7, 6, 2), np.float32), size))
+    centres = set()
+    for image in y:
+        fits = []
+        for r in range(7):
+            for c in range(6):
+                wanted = np.ones((7, 6, 2), np.float32)
+                top, left = max(r - size // 2, 0), max(c - size // 2, 0)
+                wanted[top : r - size // 2 + size, left : c - size // 2 + size] = 0
+                if (wanted == image).all():
+                    fits.append((r, c))
+        assert len(fits) == 1
+        centres |= set(fits)
+    assert len(centres) == 42
+
+
+def test_mixup_mixes_images_and_targets_alike(promoting):
+    x = np.random.default_rng(0).uniform(size=(64, 3, 3, 1)).astype(np.float32)
+    t = np.eye(64, dtype=np.float32)  # so that a target tells whose image it is
+    image, target = images.mixup(jax.random.key(0), x, t, 0.4)
+    np.testing.assert_allclose(target.sum(1), 1, rtol=1e-6)
+    assert (np.asarray(target > 0).sum(1) <= 2).all() and (np.asarray(target) < 0.99).any()
+    np.testing.assert_allclose(image, np.einsum("ij,jhwc->ihwc", target, x), atol=1e-6)
+    assert images.mixup(jax.random.key(0), x, t, 0.0)[0] is x
+
+
 # ---- The loss ----------------------------------------------------------------------------------
 
 

@@ -76,8 +76,7 @@ def cutout(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
     T. DeVries, G. Taylor, arXiv 1708.04552: near the border less than the square is cut out.
     """
     B, H, W, _ = images.shape
-    limits = jnp.array([H, W])
-    centre = jax.random.randint(key, (B, 2), jnp.zeros_like(limits), limits)
+    centre = jax.random.randint(key, (B, 2), 0, jnp.array([[H, W]]))
 
     def within(length: int, axis: int) -> jax.Array:
         first = centre[:, axis : axis + 1] - size // 2
