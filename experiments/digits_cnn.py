@@ -32,6 +32,8 @@ CARD = {
     "also": {"1-nearest-neighbour": "test/accuracy_1nn"},
     "reported": None,  # the paper's data is another: its figures are the business of MNIST
     "time": "20 s",
+    "notes": "The configuration was chosen by five-fold cross-validation on the training and "
+    "validation images. Five runs before the gradient of the pooling was mended read 99.39 %.",
 }
 
 

@@ -55,8 +55,8 @@ def find(name: str, file: str, url: str, installed: Sequence[str] = ()) -> Path:
         with contextlib.suppress(OSError):
             draft.unlink()
         raise BadInput(
-            f"{name}: {file} is in none of {', '.join(map(str, places))}: get it from {url} "
-            "and set DLX_DATA_DIR"
+            f"{name}: {file} is in none of {', '.join(map(str, places))}: get it from "
+            f"{url.rpartition('/')[0]}/ and set DLX_DATA_DIR"
         ) from e
     return home / file
 
