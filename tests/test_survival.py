@@ -335,8 +335,8 @@ def test_signals_in_every_phase(slow, tmp_path):
                 assert step == before + 6
             elif where == "train":
                 assert step >= before + 8
-            elif where in ("evaluate", "copy", "save"):
-                assert step % {"evaluate": 50, "copy": 20, "save": 20}[where] == 0, (where, step)
+            elif where in ("evaluate", "copy"):  # not "save": steps go on while it is written
+                assert step % {"evaluate": 50, "copy": 20}[where] == 0, (where, step)
             if where != "test":
                 assert f"stopped at step {step}, saved in" in process.output
             before = step
