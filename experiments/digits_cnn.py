@@ -8,17 +8,16 @@ Expected  test accuracy 99.5 %, above a tuned RBF-SVC and 1-nearest-neighbour on
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal
 
 import numpy as np
 import optax
 
 import dlx
-from dlx import metrics, pictures
-from dlx.data import arrays, digits, images
+from dlx import classifier
+from dlx.data import digits, images
+from dlx.errors import check_ranges
 from dlx.models import cnn
-from dlx.nn import losses
 
 CARD = {
     "system": "CNN",
@@ -72,15 +71,12 @@ class Config:
                 f"padding {self.padding} and pool {self.pool} leave nothing of 8 x 8 pixels: "
                 "take SAME for one, or a pool less"
             )
-        for name in ("weight_decay", "degrees", "scale", "shift"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise dlx.BadInput(f"{name} is {getattr(self, name)}: it must be 0 or more")
-        for name in ("learning_rate", "batch_size"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise dlx.BadInput(f"{name} is {getattr(self, name)}: it must be positive")
-        for name in ("dropout", "label_smoothing", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise dlx.BadInput(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+        check_ranges(
+            self,
+            positive=("learning_rate", "batch_size"),
+            not_negative=("weight_decay", "degrees", "scale", "shift"),
+            share=("dropout", "label_smoothing", "ema"),
+        )
 
 
 PRESETS = {
@@ -106,36 +102,20 @@ def build(config: Config) -> dlx.Experiment:
         images.affine, degrees=config.degrees, scale=config.scale, shift=config.shift
     )
 
-    def part(name):
-        return lambda: digits.load()[name]
-
-    def init(key, given):
-        variables = model.init(key, np.zeros((1, 8, 8, 1), np.float32))
-        return dlx.train_state(key, variables, tx, ema=True)
-
-    def predict(state, image):
-        return model.apply(state.variables, image)  # (B, 10) logits
-
-    def measure(state, batch):
-        logits = predict(state, batch["image"])
-        return {
-            "accuracy": metrics.correct(logits, batch["label"]),
-            "loss": optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]),
-        }
-
-    return dlx.Experiment(
-        init=init,
-        step=dlx.make_step(
-            losses.classification(model, label_smoothing=config.label_smoothing, augment=augment),
-            tx,
-            ema=config.ema,
-        ),
-        data=arrays.batches(part("train"), config.batch_size, config.run.seed),
-        evals={"validation": metrics.evaluator(measure, part("validation"), 180)},
-        test=functools.partial(test, metrics.evaluator(measure, part("test"), 360)),
-        pictures=pictures.classifier(predict, part("validation"), "0123456789"),
-        predict=predict,
+    experiment = classifier.experiment(
+        model,
+        tx,
+        digits.load,
+        shape=(8, 8, 1),
+        names="0123456789",
+        batch_size=config.batch_size,
+        seed=config.run.seed,
+        augment=augment,
+        label_smoothing=config.label_smoothing,
+        ema=config.ema,
+        eval_batch=180,
     )
+    return experiment._replace(test=functools.partial(test, experiment.test))
 
 
 def test(evaluate, state):

@@ -38,21 +38,25 @@ def record(folders: list[Path]) -> dict:
     results = [guard.read_json(f / "result.json") for f in folders]
     environments = [guard.read_json(f / "environment.json") for f in folders]
     module = runs.find_experiment(name)
-    card, seeds = module.CARD, [r["seed"] for r in results]
+    preset = stored[0]["preset"]
+    card = module.CARD | module.CARD.get("presets", {}).get(preset, {})
+    seeds = [r["seed"] for r in results]
     if len(set(seeds)) < len(seeds):
         raise dlx.BadInput(f"seeds {seeds}: each may be published once")
 
     def values(metric: str) -> list[float]:
         group, _, key = metric.partition("/")
         scale = 100 if card["unit"] == "%" else 1
-        return [round(scale * (r["test"][key] if group == "test" else r[group][metric]), 4)
-                for r in results]  # fmt: skip
+        rows = [r["test"] if group == "test" else {k.removeprefix(f"{group}/"): v
+                for k, v in r[group].items()} for r in results]  # fmt: skip
+        if key == "error":
+            return [round(scale * (1 - row["accuracy"]), 4) for row in rows]
+        return [round(scale * row[key], 4) for row in rows]
 
     def mean(metric: str) -> float:
         return round(statistics.mean(values(metric)), 4)
 
     bar, env = card["bar"], environments[0]
-    preset = stored[0]["preset"]
     return {
         "experiment": name,
         "system": card["system"],
@@ -164,7 +168,10 @@ def main() -> None:
     try:
         if folders:
             made = record(folders)
-            path = RESULTS / f"{made['experiment']}.json"
+            presets = runs.find_experiment(made["experiment"]).PRESETS
+            usual = made["preset"] == next(iter(presets))
+            suffix = "" if usual else f"_{made['preset']}"
+            path = RESULTS / f"{made['experiment']}{suffix}.json"
             guard.write_json(path, made)
             print(f"{path.relative_to(HERE.parent)}: {made['mean']} {made['unit']}")
         write_table()

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+
+
+def normalise(
+    images: jax.Array, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
+) -> jax.Array:
+    """Bytes (B, H, W, C) -> float32 (x / 255 - mean) / std, of each channel or of all.
+
+    >>> normalise(jnp.full((1, 1, 1, 3), 255, jnp.uint8), (0.5,), (0.25,)).tolist()
+    [[[[2.0, 2.0, 2.0]]]]
+    """
+    x = images.astype(jnp.float32) / 255
+    return (x - jnp.array(mean).reshape(1, 1, 1, -1)) / jnp.array(std).reshape(1, 1, 1, -1)
 
 
 def affine(
@@ -22,7 +36,7 @@ def affine(
     >>> float(jnp.abs(affine(jax.random.key(0), x, degrees=0, scale=0, shift=0) - x).max())
     0.0
     """
-    B, H, W, _ = images.shape
+    B, H, W, C = images.shape
 
     def axis(size):
         return jnp.arange(size, dtype=images.dtype)
@@ -38,11 +52,20 @@ def affine(
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     y, x = cos * y - sin * x, sin * y + cos * x
     y, x = y + offset[:, :1] + (H - 1) / 2, x + offset[:, 1:] + (W - 1) / 2
-    # Bilinear interpolation as two products with hat functions: dense, and fast at small sizes.
-    wy = jnp.maximum(0, 1 - jnp.abs(y[..., None] - axis(H).reshape(1, 1, H)))  # (B, H W, H)
-    wx = jnp.maximum(0, 1 - jnp.abs(x[..., None] - axis(W).reshape(1, 1, W)))  # (B, H W, W)
-    out = jnp.einsum("bph,bhwc,bpw->bpc", wy, images, wx)  # (B, H W, C)
-    return out.reshape(images.shape)
+    # Bilinear interpolation between four pixels of the image with a border of zeros.
+    y, x = jnp.clip(y, -1, H) + 1, jnp.clip(x, -1, W) + 1
+    top, left = jnp.minimum(jnp.floor(y), H), jnp.minimum(jnp.floor(x), W)
+    down, right = (y - top)[..., None], (x - left)[..., None]  # (B, H W, 1), in [0, 1]
+    pixels = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(B, -1, C)
+    corner = (top * (W + 2) + left).astype(jnp.int32)  # (B, H W)
+
+    def at(beyond: int) -> jax.Array:
+        take = jax.vmap(lambda image, i: image.at[i].get(mode="promise_in_bounds"))
+        return take(pixels, corner + beyond)  # (B, H W, C)
+
+    above = (1 - right) * at(0) + right * at(1)
+    below = (1 - right) * at(W + 2) + right * at(W + 3)
+    return ((1 - down) * above + down * below).reshape(images.shape)
 
 
 def flip(key: jax.Array, images: jax.Array) -> jax.Array:
