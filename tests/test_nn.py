@@ -37,13 +37,22 @@ def test_max_pool(shape, x64):
     assert_same(conv.max_pool, lambda x: nn.max_pool(x, (2, 2), (2, 2)), x)
 
 
+def test_gelu(x64):
+    x = 3 * jax.random.normal(jax.random.key(0), (2, 3, 4), jnp.float64)
+    assert_same(conv.gelu, lambda x: nn.gelu(x, approximate=False), x)
+
+
+@pytest.mark.parametrize("many", [0, conv.MANY])
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize(
     ("strides", "padding", "dilation", "groups"),
-    [((1, 1), "SAME", 1, 1), ((2, 1), "VALID", 1, 1), ((1, 1), ((2, 1), (0, 3)), 2, 1),
+    [((1, 1), "SAME", 1, 1), ((1, 1), ((2, 0), (0, 3)), 1, 1), ((2, 1), "VALID", 1, 1),
+     ((1, 1), ((2, 1), (0, 3)), 2, 1),
      ((1, 2), "SAME", 1, 0)],
 )  # fmt: skip
-def test_convolution(channels, strides, padding, dilation, groups, x64):
+def test_convolution(channels, strides, padding, dilation, groups, many, x64, monkeypatch):
+    """Above and below the number of channels from which the kernel's gradient is a product."""
+    monkeypatch.setattr(conv, "MANY", many)
     groups = groups or channels
     options = {
         "window_strides": strides, "padding": padding, "rhs_dilation": (dilation, dilation),
