@@ -4,7 +4,9 @@
     checkpoints/300.json    format, shapes, sha256 of every file, and the loop's own record
 
 The record is written last and by rename: a step without one is unfinished. Orbax itself loads
-flipped bits without a word, so nothing is restored before its digests have been compared.
+flipped bits without a word, so nothing is restored before its digests have been compared. Where a
+run has several processes all of them save and restore the arrays, and process 0 alone removes,
+digests and records.
 This is the only file that knows Orbax.
 """
 
@@ -156,7 +158,7 @@ class Saver:
 
     `save` returns when the arrays have been copied, so that the caller may donate them. A full
     disk is told and survived: training goes on, and the checkpoints before stay. The last save's
-    failure is raised by `wait`.
+    failure is raised by `wait`. All processes of a run must make the same calls.
     """
 
     def __init__(
@@ -185,7 +187,8 @@ class Saver:
     def amend(self, step: int, record: Mapping[str, Any]) -> None:
         """Rewrites the record of a saved step, and prunes by it."""
         self.wait()
-        self._future = self._pool.submit(self._amend, step, dict(record))
+        if jax.process_index() == 0:
+            self._future = self._pool.submit(self._amend, step, dict(record))
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what the last save died of."""
@@ -207,21 +210,24 @@ class Saver:
     def _save(self, step, state, record, copied):
         from orbax.checkpoint import v1 as ocp
 
-        path = self._folder.absolute() / str(step)
+        path, first = self._folder.absolute() / str(step), jax.process_index() == 0
         try:
-            _remove(self._folder, step)
+            if first:
+                _remove(self._folder, step)
             data = {"state": jax.tree.map(_to_data, state)}  # a dict: a state may be one array
             response = ocp.save_async(str(path), data)
             record |= {"format": FORMAT, "leaves": spec(state)}
             del state, data
             copied.set()
-            response.result()
+            response.result()  # all processes have written
         except Exception:
-            _remove(self._folder, step)
+            if first:
+                _remove(self._folder, step)
             raise
         finally:
             copied.set()
-        self._commit(step, record | {"files": _digests(path)})
+        if first:
+            self._commit(step, record | {"files": _digests(path)})
 
     def _amend(self, step, record):
         old = verify(self._folder, step)
@@ -265,7 +271,7 @@ def _is_key(x: Any) -> bool:
 
 def _to_data(x: Any) -> Any:
     x = jax.random.key_data(x) if _is_key(x) else x
-    return x if x.size else jnp.zeros((1,), x.dtype)
+    return x if x.size else jnp.pad(x.ravel(), (0, 1))  # lies where the state lies
 
 
 def _from_data(x: Any, like: Any) -> Any:

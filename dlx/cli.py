@@ -36,6 +36,9 @@ class Flags:
     fresh: bool = False  # start over in a folder that is in use
     seeds: str = ""  # several seeds, a folder each: 0..4 or 0,2,5; empty: --seed alone
     mesh: str = ""  # devices, like data=4,fsdp=2; empty: all on the data axis
+    coordinator: str = ""  # HOST:PORT of process 0, where there are several; SLURM and pods tell it
+    processes: int = 0  # how many there are
+    process: int = -1  # which of them this is, from 0
     data_dir: str = ""  # where data sets lie; empty: DLX_DATA_DIR
     split: Literal["validation", "test"] = "validation"  # what `eval` reads
     profile: bool = False  # write a trace of a few steps to the run folder
@@ -286,6 +289,11 @@ def _setup(flags: Flags) -> None:
     """The process's global settings: only the command line makes any."""
     import jax
 
+    from dlx import processes
+
+    processes.start(flags.coordinator, flags.processes, flags.process)
+    if jax.distributed.is_initialized() and not processes.first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(base) / "dlx" / "jax")
@@ -301,13 +309,19 @@ def _setup(flags: Flags) -> None:
 
 
 def _train(name, build, config, flags, folder, preset) -> None:
-    from dlx import guard, loop, runs, sharding
+    from dlx import guard, loop, processes, runs, sharding
 
     mesh = sharding.make_mesh(flags.mesh)
     whole = _config_dict(name, preset, config)
-    if (folder / "result.json").exists() and not flags.fresh:
+
+    def complete() -> bool:
+        if flags.fresh or not (folder / "result.json").exists():
+            return False
         with guard.lock(folder):
             guard.check_config(folder, whole)
+        return True
+
+    if processes.told(complete):
         _say(f"{folder} is complete; --fresh trains it anew")
         _report(name, folder)
         return
@@ -319,12 +333,16 @@ def _train(name, build, config, flags, folder, preset) -> None:
     state = None
     parts = runs.phases(build(config), config, folder)
     with contextlib.ExitStack() as stack:
-        if len(parts) > 1:  # the phases' common folder is a run folder as well
+
+        def take() -> None:
             stack.enter_context(guard.lock(folder))
             guard.check_config(folder, whole, flags.fresh)
             for place, _, _ in parts if flags.fresh else ():  # now: the first phase may die
                 with guard.lock(place):
                     guard.check_config(place, whole, fresh=True)
+
+        if len(parts) > 1:  # the phases' common folder is a run folder as well
+            processes.told(take)
         for place, run, make in parts:
             if len(parts) > 1:
                 _say(f"phase {place.name}: {run.steps:,} steps")
@@ -332,7 +350,7 @@ def _train(name, build, config, flags, folder, preset) -> None:
                 make(state), run, workdir=place, config=whole, fresh=flags.fresh,
                 given=state, mesh=mesh, profile=flags.profile,
             )  # fmt: skip
-        if len(parts) > 1:
+        if len(parts) > 1 and processes.first():
             last = parts[-1][0] / "result.json"
             guard.write_json(folder / "result.json", guard.read_json(last))
     _report(name, folder)
@@ -348,8 +366,10 @@ def _config_dict(name: str, preset: str, config: Any) -> dict[str, Any]:
 
 def _report(name: str, folder: Path) -> None:
     """The result, and where everything is."""
-    from dlx import guard
+    from dlx import guard, processes
 
+    if not processes.first():
+        return
     result = guard.read_json(folder / "result.json")
     print(f"{name}: result at step {result['step']} of {result['steps']}, seed {result['seed']}")
     tested = {f"test/{k}": v for k, v in result["test"].items()}
@@ -362,8 +382,10 @@ def _spread(name: str, folders: list[Path]) -> None:
     """Mean and standard deviation over seeds."""
     import statistics
 
-    from dlx import guard
+    from dlx import guard, processes
 
+    if not processes.first():
+        return
     results = [guard.read_json(f / "result.json") for f in folders]
     rows = [{**r["validation"], **{f"test/{k}": v for k, v in r["test"].items()}} for r in results]
     print(f"{name}: {len(rows)} seeds")
@@ -405,7 +427,7 @@ def _eval(name, build, config, flags, folder, preset) -> None:
 def _sample(name, build, config, flags, folder, preset) -> None:
     import jax
 
-    from dlx import writers
+    from dlx import processes, writers
 
     experiment, state, mesh = _chosen(name, build, config, flags, folder, preset)
     if experiment.sample is None:
@@ -414,7 +436,7 @@ def _sample(name, build, config, flags, folder, preset) -> None:
         made = experiment.sample(state, jax.random.key(config.run.seed))
     if isinstance(made, str):
         print(made)
-    else:
+    elif processes.first():
         writers.png(folder / "pictures" / "sample.png", made)
         print(f"written to {folder / 'pictures' / 'sample.png'}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -257,6 +258,7 @@ class Stopped(KeyboardInterrupt):
 
 
 unsaved = threading.Event()  # set by fit while it holds a step that no checkpoint has
+heard = threading.Event()  # set by fit when `Stopped` has come to where it is caught
 _received = threading.Event()
 _whole_process = threading.Event()  # nobody needs it after its run has stopped
 
@@ -265,6 +267,7 @@ def leave() -> None:
     """Ends the process with 75 where it is a command's own, once all is on disk. To unwind can
     crash: an interrupted compilation leaves threads that still read what would be freed."""
     if _whole_process.is_set():
+        jax.distributed.shutdown()  # with the other processes, where there are any
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(75)
@@ -276,19 +279,39 @@ def signals(whole_process: bool = False) -> Iterator[None]:
 
     A Python handler waits for C++ to return, and a compilation takes long. So a watcher thread
     is woken too: where there is nothing to save it ends the process at once, with 75.
+
+    Once the process has joined others, JAX itself receives SIGTERM and tells them all, and the
+    loop asks it where to stop; so the other signals are passed on as SIGTERM.
     """
     wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     read, write = os.pipe()
     os.set_blocking(write, False)
 
     def handler(number, frame):
-        if not _received.is_set():
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif not _received.is_set():
             _received.set()
             raise Stopped(signal.Signals(number).name)
 
     def watch():
-        while (byte := os.read(read, 1)) and byte != b"\0":
-            if byte[0] in wanted and not unsaved.is_set():
+        pending = 0
+        while True:
+            # An exception is lost where Python ignores it: in a destructor, in a callback of the
+            # garbage collector, as JAX has one. Then the signal comes again, until it is heard.
+            if not select.select([read], [], [], 0.5 if pending else None)[0]:
+                if unsaved.is_set() and not heard.is_set():
+                    _received.clear()
+                    os.kill(os.getpid(), pending)
+                pending = 0
+                continue
+            byte = os.read(read, 1)[0]
+            if not byte:
+                return
+            if byte not in wanted or jax.distributed.is_initialized():
+                continue
+            pending = byte
+            if not unsaved.is_set():
                 print("stopped: nothing new to save; the same command goes on", file=sys.stderr)
                 sys.stdout.flush()
                 os._exit(75)
@@ -311,3 +334,4 @@ def signals(whole_process: bool = False) -> Iterator[None]:
         os.close(read)
         os.close(write)
         _received.clear()
+        heard.clear()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlx import checkpoint, guard, metrics, runs, sharding
+from dlx import checkpoint, feed, guard, metrics, processes, runs, sharding
 from dlx import writers as writers_lib
 from dlx.errors import BadInput
 from dlx.experiment import Experiment, Run, best_step, parameters
@@ -52,7 +51,7 @@ def fit(
       given: handed to `experiment.init`: an earlier phase's state, pretrained weights.
       mesh: see `dlx.make_mesh`; None puts all devices on the data axis.
       writers: callables (step, {name: float}); None shows progress, [] is silent. The files of
-        the run folder are written in any case.
+        the run folder are written in any case. Of several processes only the first writes.
       profile: writes a trace of a few steps to the run folder.
 
     Returns:
@@ -77,13 +76,18 @@ def fit(
     (3.0, [10, 20])
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
-    checked = _check(experiment, run, given, mesh)  # before a folder is taken or erased
+    # Before a folder is taken or erased:
+    checked = processes.agreed(lambda: _check(experiment, run, given, mesh))
     with contextlib.ExitStack() as stack:
-        folder = None
-        if workdir is not None:
-            folder = Path(workdir)
+        folder = None if workdir is None else Path(workdir)
+
+        def take() -> None:
+            assert folder is not None
             stack.enter_context(guard.lock(folder))
             guard.check_config(folder, config or {"run": dataclasses.asdict(run)}, fresh)
+
+        if folder is not None:
+            processes.told(take)
         return _fit(experiment, run, folder, given, mesh, writers, profile, *checked)
 
 
@@ -99,8 +103,7 @@ def _check(experiment: Experiment, run: Run, given: Any, mesh: Any) -> tuple[Any
         )
     abstract = jax.eval_shape(experiment.init, jax.random.key(run.seed), given)
     abstract = sharding.place(abstract, mesh, experiment.rules)
-    with _batches(experiment, 0, mesh) as batches:
-        batch = _next(batches, 1)
+    batch = sharding.whole(feed.first(experiment, mesh), mesh)
     size = sharding.check_batch(batch, mesh)
     empty = _check_step(experiment, abstract, batch)
     for name, measure in experiment.evals.items():
@@ -131,9 +134,10 @@ def _fit(
     # ---- State ----
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     if folder is not None:
-        guard.check_disk(folder, abstract)
-        environment = guard.environment() | {"mesh": dict(mesh.shape)}
-        guard.write_json(folder / "environment.json", environment)
+        processes.told(lambda: guard.check_disk(folder, abstract))
+        if processes.first():
+            environment = guard.environment() | {"mesh": dict(mesh.shape)}
+            guard.write_json(folder / "environment.json", environment)
     if folder is not None and record is not None:
         say(f"resuming {folder} at step {start}")
         state = checkpoint.restore(folder / "checkpoints", start, record, abstract)
@@ -146,19 +150,22 @@ def _fit(
     carry = (state, *jax.device_put((window, np.int32(start)), replicated))
 
     # ---- Train, then test what validation chose ----
-    if writers is None:
+    if not processes.first():
+        writers = []
+    elif writers is None:
         writers = [writers_lib.progress(run.steps, start)]
-    if folder is not None:
+    if folder is not None and processes.first():
         writers = [*writers, *writers_lib.files(folder, start)]
     log = writers_lib.Log(rows, list(writers), size)
     table = {} if record is None else runs.evaluations(record)
     try:
-        with _batches(experiment, start, mesh) as batches:
+        with feed.batches(experiment, start, run, mesh) as batches:
             state, best, complete = _train(
                 experiment, run, folder, mesh, log, table, carry, batches, profile
             )
         if complete:
             state = _finish(experiment, run, folder, mesh, log, table, state, best, abstract)
+            processes.wait()  # for the files, which the first may still be writing
     except KeyboardInterrupt as stop:  # within the test or the pictures: training is saved
         if isinstance(stop, guard.Stopped):
             raise
@@ -172,8 +179,9 @@ def _fit(
 
 
 def _train(
-    experiment: Experiment, run: Run, folder: Any, mesh, log, table, carry, batches, profile
-):
+    experiment: Experiment, run: Run, folder: Any, mesh, log, table, carry,
+    batches: Iterator[tuple[int, Any]], profile,
+):  # fmt: skip
     """Steps until `run.steps` or Ctrl-C -> (state, best state where there is no folder, whether
     the run is complete). Fills `table`, {step: evaluation}, and `log`."""
     arrays, pack, unpack = _packed(carry)
@@ -212,7 +220,8 @@ def _train(
         return jax.jit(advance, donate_argnums=0, out_shardings=places)
 
     single, several = compiled(advance), compiled(several)
-    trace = writers_lib.Profile(folder / "profile" if profile and folder is not None else None)
+    traced = folder if profile and processes.first() else None
+    trace = writers_lib.Profile(None if traced is None else traced / "profile")
     try:
         while True:
             with log.paused():
@@ -240,11 +249,11 @@ def _train(
                     _draw(experiment, unpack(box[0])[0], mesh, folder, f"_{done:07d}")
             if done >= run.steps:
                 break
+            if processes.stopping():
+                raise guard.Stopped
 
-            # 3. The next batch; the next K where K steps fit in.
-            k = run.steps_per_call
-            k = k if done % k == 0 and done + k <= run.steps else 1
-            batch = sharding.put(_next(batches, k), mesh, lead=int(k > 1))
+            # 3. The next batch, or the next K in one.
+            k, batch = next(batches)
 
             # 4. Step. An interrupt between the call and the assignment of its result would lose
             # the donated state; `map` into a slice stays within C, where no interrupt comes, as
@@ -265,6 +274,9 @@ def _train(
     except KeyboardInterrupt as stop:
         # It may have come between any two lines above: the rows of this step are told again, and
         # what the log has already it leaves out.
+        guard.heard.set()
+        if jax.process_count() > 1 and not isinstance(stop, guard.Stopped):
+            raise  # nobody knows at which step the other processes are
         state, window, position = unpack(box[0])
         if any(x.is_deleted() for x in box[0][0]):  # only in a call that compiles
             say("stopped within a step: the last checkpoint stands")
@@ -275,7 +287,8 @@ def _train(
             log.flush()
             if done in table:
                 log.emit(done, "eval", table[done])
-            log.rewrite(folder / "metrics.jsonl")
+            if processes.first():
+                log.rewrite(folder / "metrics.jsonl")
             if done != saved:
                 save()
             saver.wait()
@@ -350,26 +363,6 @@ def _scanned(advance: Callable, k: int) -> Callable:
 # ---- Before and after --------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _batches(experiment: Experiment, start: int, mesh: Any) -> Iterator[Iterator[Any]]:
-    """The batches from step `start` on; what reads ahead is told when nobody asks any more."""
-    batches: Iterator[Any] = itertools.repeat({})
-    if experiment.data is not None:
-        batches = iter(experiment.data(start, sharding.rows(mesh)))
-    try:
-        yield batches
-    finally:
-        if close := getattr(batches, "close", None):
-            close()
-
-
-def _next(batches: Iterator[Any], k: int) -> Any:
-    group = list(itertools.islice(batches, k))
-    if len(group) < k:
-        raise BadInput("the data ended before the run did: it must go on for as many steps")
-    return group[0] if k == 1 else jax.tree.map(lambda *x: np.stack(x), *group)
-
-
 def _check_step(experiment: Experiment, abstract: Any, batch: Any) -> Any:
     """An empty log window; a state that would change shape or dtype is named."""
     after, values = jax.eval_shape(experiment.step, abstract, batch)
@@ -406,7 +399,9 @@ def _draw(experiment: Experiment, state: Any, mesh: Any, folder: Path | None, su
     if folder is not None:
         with jax.set_mesh(mesh):
             for name, draw in experiment.pictures.items():
-                writers_lib.png(folder / "pictures" / f"{name}{suffix}.png", draw(state))
+                image = draw(state)
+                if processes.first():
+                    writers_lib.png(folder / "pictures" / f"{name}{suffix}.png", image)
 
 
 def _finish(experiment, run, folder, mesh, log, table, state, best_state, abstract):
@@ -415,9 +410,9 @@ def _finish(experiment, run, folder, mesh, log, table, state, best_state, abstra
     if chosen != run.steps and folder is None:
         state = best_state
     elif chosen != run.steps:
-        record = checkpoint.verify(folder / "checkpoints", chosen)
+        record = processes.told(lambda: checkpoint.verify(folder / "checkpoints", chosen))
         state = checkpoint.restore(folder / "checkpoints", chosen, record, abstract)
-    if folder is not None and (folder / "result.json").exists():
+    if folder is not None and processes.told((folder / "result.json").exists):
         return state
     tested = {}
     if experiment.test is not None:
@@ -427,6 +422,7 @@ def _finish(experiment, run, folder, mesh, log, table, state, best_state, abstra
         log.emit(run.steps, "test", tested)
     if folder is not None:
         _draw(experiment, state, mesh, folder, "")
+    if folder is not None and processes.first():
         writers_lib.curves(folder, log.history)
         log.end(run.steps)
         result = {

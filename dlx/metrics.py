@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import contextlib
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,17 @@ import numpy as np
 
 from dlx import sharding
 from dlx.errors import BadInput
+
+
+class Source(Protocol):
+    """Examples by their number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Mapping[str, Any]: ...
+
+
+Examples = Mapping[str, np.ndarray] | Source
 
 
 def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -79,14 +93,15 @@ def check_window(window: Mapping[str, Any]) -> None:
 
 def evaluator(
     measure: Callable[[Any, Any], Mapping[str, Any]],
-    arrays: Mapping[str, np.ndarray] | Callable[[], Mapping[str, np.ndarray]],
+    arrays: Examples | Callable[[], Examples],
     batch_size: int,
 ) -> Callable[[Any], dict[str, float]]:
     """state -> {metric: mean over all examples}, exact whatever the batch size.
 
     Args:
       measure: (state, batch) -> {name: (B,) values, or ((B,) values, (B,) weights)}; pure.
-      arrays: {name: (N, ...)}, or a function that opens them when they are first needed.
+      arrays: {name: (N, ...)}; or, of what does not fit in memory, a source whose `source[i]` is
+        {name: (...)}, read by threads; or a function that opens either when it is first needed.
       batch_size: B, rounded up to a multiple of the devices; the last batch is padded with its
         first row and masked.
 
@@ -95,7 +110,7 @@ def evaluator(
     {'x': 2.0}
     """
 
-    def opened() -> Mapping[str, np.ndarray]:
+    def opened() -> Examples:
         return arrays() if callable(arrays) else arrays
 
     @jax.jit
@@ -122,7 +137,9 @@ def evaluator(
         size = -(-batch_size // shares) * shares
         for batch, mask in padded(opened(), size):
             if not mesh.empty:
-                batch, mask = sharding.put((batch, mask), mesh)
+                held = sharding.rows(mesh)(size)
+                mine = {k: v[held] for k, v in batch.items()}
+                batch, mask = sharding.put((mine, mask[held]), mesh)
             for name, (s, w) in jax.device_get(sums(state, batch, mask)).items():
                 a, b = total.get(name, (0.0, 0.0))
                 total[name] = (a + float(s), b + float(w))
@@ -130,22 +147,50 @@ def evaluator(
 
     def names(state: Any) -> list[str]:
         """The metrics, from the state's shapes alone: opens the data, compiles nothing."""
-        batch, mask = next(padded(opened(), batch_size))
+        one = next(padded(opened(), 1))
+        batch, mask = jax.tree.map(lambda x: np.broadcast_to(x, (batch_size, *x.shape[1:])), one)
         return list(jax.eval_shape(sums, state, batch, mask))
 
     evaluate.names = names  # type: ignore[attr-defined]
     return evaluate
 
 
-def padded(
-    arrays: Mapping[str, np.ndarray], batch_size: int
-) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Batches of one fixed size in order, each with its (B,) float32 mask: 0 where padded."""
-    n = len(next(iter(arrays.values())))
+def padded(arrays: Examples, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Batches of one fixed size in order, each with its (B,) float32 mask: 0 where padded.
+
+    Of a source the next batch is read while this one is used.
+    """
+    n = len(next(iter(arrays.values())) if isinstance(arrays, Mapping) else arrays)
     if n == 0:
         raise BadInput("the evaluation set is empty: there is nothing to measure")
-    for start in range(0, n, batch_size):
-        index = np.arange(start, start + batch_size)
-        mask = (index < n).astype(np.float32)
-        index = np.where(index < n, index, start)
-        yield {k: v[index] for k, v in arrays.items()}, mask
+    indices = (np.arange(at, min(at + batch_size, n)) for at in range(0, n, batch_size))
+    if isinstance(arrays, Mapping):
+        batches: Any = ({k: v[index] for k, v in arrays.items()} for index in indices)
+    else:
+        batches = _read(arrays, indices)
+    with contextlib.closing(batches):
+        for batch in batches:
+            count = len(next(iter(batch.values())))
+            rows = np.r_[:count, np.zeros(batch_size - count, int)]
+            mask = (np.arange(batch_size) < count).astype(np.float32)
+            yield batch if count == batch_size else {k: v[rows] for k, v in batch.items()}, mask
+
+
+def _read(source: Source, indices: Iterator[np.ndarray]) -> Generator[dict[str, Any], None, None]:
+    pool = ThreadPoolExecutor(os.cpu_count())
+
+    def ask(index: np.ndarray) -> list[Any]:
+        return [pool.submit(source.__getitem__, i) for i in index.tolist()]
+
+    def stacked(asked: list[Any]) -> dict[str, np.ndarray]:
+        rows = [x.result() for x in asked]
+        return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+
+    try:
+        asked = ask(next(indices))
+        for index in indices:
+            batch, asked = stacked(asked), ask(index)
+            yield batch
+        yield stacked(asked)
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from dlx import sharding
+
 
 def figure(width: float, height: float) -> Any:
     """A matplotlib figure of that many inches that belongs to no window. Its layout is the
@@ -69,7 +71,8 @@ def classifier(
 
     def results(state: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         opened = data()
-        return opened["image"], opened["label"], np.asarray(probabilities(state, opened["image"]))
+        found = sharding.fetch(probabilities(state, opened["image"]))
+        return opened["image"], opened["label"], found
 
     def matrix(state: Any) -> np.ndarray:
         _, label, p = results(state)

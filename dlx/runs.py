@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dlx import checkpoint, guard, sharding, writers
+from dlx import checkpoint, guard, processes, sharding, writers
 from dlx.errors import BadInput
 from dlx.experiment import Experiment, Run, best_step
 
@@ -60,11 +60,20 @@ def last_good(folder: Path | None) -> str:
 
 def find(folder: Path, run: Run) -> tuple[int, dict[str, Any] | None, dict[tuple[int, str], dict]]:
     """Where to resume -> (step, its record or None, the log's rows). Cuts the log back to there,
-    and names every checkpoint that it passes over.
+    and names every checkpoint that it passes over. Process 0 does it and tells the others.
 
     Raises:
       BadInput: the run is complete and its checkpoints are gone.
     """
+    step, record, rows = processes.told(lambda: _find(folder, run))
+    kinds = {}
+    for row in rows:
+        group = next((name.split("/")[0] for name in row if name != "step"), "")
+        kinds[int(row["step"]), group if group in ("train", "test") else "eval"] = row
+    return step, record, kinds
+
+
+def _find(folder: Path, run: Run) -> tuple[int, dict[str, Any] | None, list[dict[str, Any]]]:
     saved, log = folder / "checkpoints", folder / "metrics.jsonl"
     checkpoint.sweep(saved, writers.say)
     length = log.stat().st_size if log.exists() else 0
@@ -91,11 +100,7 @@ def find(folder: Path, run: Run) -> tuple[int, dict[str, Any] | None, dict[tuple
     if not (folder / "result.json").exists() or step < run.steps:
         (folder / "result.json").unlink(missing_ok=True)
         writers.cut(log, record["log_bytes"] if record else 0)
-    rows = {}
-    for row in writers.read(log):
-        group = next((name.split("/")[0] for name in row if name != "step"), "")
-        rows[int(row["step"]), group if group in ("train", "test") else "eval"] = row
-    return step, record, rows
+    return step, record, writers.read(log)
 
 
 # ---- Loading -----------------------------------------------------------------------------------
@@ -189,6 +194,15 @@ def chosen_state(
     Raises:
       BadInput: there is no whole checkpoint, or it belongs to another model.
     """
+    step, record = processes.told(lambda: _chosen(folder, run))
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    abstract = jax.eval_shape(experiment.init, jax.random.key(run.seed), given)
+    abstract = sharding.place(abstract, mesh, experiment.rules)
+    return checkpoint.restore(folder / "checkpoints", step, record, abstract), step
+
+
+def _chosen(folder: Path, run: Run) -> tuple[int, dict[str, Any]]:
+    """(step, verified record) of `chosen_state`."""
     found = checkpoint.newest(folder / "checkpoints", notify=writers.say)
     if found is None:
         raise BadInput(f"{folder} holds no whole checkpoint: train first, or anew with --fresh")
@@ -199,10 +213,7 @@ def chosen_state(
             step, record = best, checkpoint.verify(folder / "checkpoints", best)
         except checkpoint.Damaged as e:
             raise BadInput(f"{e}: the same train command makes it anew") from e
-    mesh = sharding.make_mesh() if mesh is None else mesh
-    abstract = jax.eval_shape(experiment.init, jax.random.key(run.seed), given)
-    abstract = sharding.place(abstract, mesh, experiment.rules)
-    return checkpoint.restore(folder / "checkpoints", step, record, abstract), step
+    return step, record
 
 
 def config_of(folder: Path) -> dict[str, Any]:

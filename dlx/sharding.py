@@ -148,21 +148,49 @@ def place(abstract: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] 
 
 
 def rows(mesh: Mesh) -> Callable[[int], slice | np.ndarray]:
-    """global batch size -> the rows of the global batch that this process feeds."""
+    """global batch size -> the rows of the global batch that this process feeds.
+
+    Raises:
+      BadInput: the batch does not divide over the devices that share it.
+    """
 
     def of(batch: int) -> slice | np.ndarray:
         if jax.process_count() == 1:
             return slice(0, batch)
-        spans = NamedSharding(mesh, PartitionSpec(BATCH)).addressable_devices_indices_map((batch,))
-        return np.unique(
-            np.concatenate([np.arange(batch)[index[0]] for index in spans.values() if index])
-        )
+        _check_divides(batch, mesh)
+        return np.concatenate([np.arange(a, b) for a, b in _spans(batch, mesh)])
 
     return of
 
 
+def _spans(batch: int, mesh: Mesh) -> list[tuple[int, int]]:
+    """The parts of a global batch that lie on devices of this process, in order, each once."""
+    place = NamedSharding(mesh, PartitionSpec(BATCH))
+    found = place.addressable_devices_indices_map((batch,)).values()
+    return sorted({index[0].indices(batch)[:2] for index in found if index})
+
+
+def whole(batch: Any, mesh: Mesh, lead: int = 0) -> Any:
+    """The shapes of the global arrays that `put` makes of this process's rows."""
+    if jax.process_count() == 1:
+        return batch
+    n = shares(mesh)
+    part = len(_spans(n, mesh))
+
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        shape = list(np.shape(x))
+        if len(shape) > lead:
+            shape[lead] = shape[lead] * n // part
+        return jax.ShapeDtypeStruct(tuple(shape), jax.dtypes.canonicalize_dtype(x.dtype))
+
+    return jax.tree.map(one, batch)
+
+
 def put(batch: Any, mesh: Mesh, lead: int = 0) -> Any:
     """Host arrays -> global arrays split over `data` and `fsdp` along dimension `lead`.
+
+    Args:
+      batch: the rows of the global batch that `rows` gives to this process, in that order.
 
     Raises:
       BadInput: the batch does not divide over the devices that share it.
@@ -170,7 +198,29 @@ def put(batch: Any, mesh: Mesh, lead: int = 0) -> Any:
     place = NamedSharding(mesh, PartitionSpec(*[None] * lead, BATCH))
     if jax.process_count() == 1:
         return jax.device_put(batch, place)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
+
+    def one(x: np.ndarray, all_rows: jax.ShapeDtypeStruct) -> jax.Array:
+        n = all_rows.shape[lead]
+        held = np.arange(n)[rows(mesh)(n)]
+
+        def part(index: Any) -> np.ndarray:
+            begin, end, _ = index[lead].indices(n)
+            at = int(np.searchsorted(held, begin))
+            rows_there = x[(*index[:lead], slice(at, at + end - begin))]
+            return rows_there.astype(all_rows.dtype, copy=False)
+
+        return jax.make_array_from_callback(all_rows.shape, place, part)
+
+    return jax.tree.map(one, batch, whole(batch, mesh, lead))
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """A global array as a host array, in every process; all of them must ask."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def shares(mesh: Mesh) -> int:
@@ -192,9 +242,13 @@ def check_batch(batch: Any, mesh: Mesh) -> int:
     if len(sizes) > 1:
         raise BadInput(f"batch leaves disagree on the batch size: {shapes}"[:200])
     size = sizes.pop() if sizes else 0
+    _check_divides(size, mesh)
+    return size
+
+
+def _check_divides(size: int, mesh: Mesh) -> None:
     if size % shares(mesh):
         raise BadInput(
             f"a batch of {size} does not divide over data x fsdp = {shares(mesh)} devices: "
             f"use a multiple of {shares(mesh)}, or another --mesh"
         )
-    return size

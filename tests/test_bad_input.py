@@ -305,6 +305,19 @@ CASES = {
     "axis of x": case(f"{TRAIN} --mesh data=x", "'data=x'", "write data=2"),
     "axis of 0": case(f"{TRAIN} --mesh data=0,fsdp=8", "'data=0'", "write data=2"),
     "axis of nothing": case(f"{TRAIN} --mesh data", "'data'", "write data=2"),
+    "a coordinator alone": case(
+        f"{TRAIN} --coordinator localhost:1234", "'localhost:1234'", "processes 0", "all three"
+    ),
+    "processes alone": case(f"{TRAIN} --processes 2", "processes 2", "process -1", "all three"),
+    "a coordinator without a port": case(
+        f"{TRAIN} --coordinator host --processes 2 --process 0", "'host'", "HOST:PORT"
+    ),
+    "a process too many": case(
+        f"{TRAIN} --coordinator host:12 --processes 2 --process 2", "process is 2", "0 to 1"
+    ),
+    "fewer than no processes": case(
+        f"{TRAIN} --coordinator host:12 --processes -1 --process 0", "processes is -1", "at least 1"
+    ),
     "an axis twice": case(f"{TRAIN} --mesh data=2,data=8", "data", "twice"),
     "batch in 8 parts": case(f"{TRAIN} --batch-size 12", "12", "8 devices", "multiple of 8"),
     "batch above the data": case(f"{TRAIN} --batch-size 1264", "1264", "1,257", "use 1 to 1257"),

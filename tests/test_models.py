@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import dlx
-from dlx.models import cnn, mlp, resnet
+from dlx.models import airbench, cnn, mlp, resnet
 from dlx.nn import torch
 
 # name: (model, an image's shape, parameters), the counts as published or as torchvision has them.
@@ -27,8 +27,9 @@ MODELS = {
     "cifar_resnet56": (resnet.CifarResNet(56), (32, 32, 3), 853_018),
     "cifar_resnet110": (resnet.CifarResNet(110), (32, 32, 3), 1_727_962),
     "cifar_resnet20_v2": (resnet.CifarResNet(20, preactivation=True), (32, 32, 3), 269_722),
+    "airbench": (airbench.Airbench(), (32, 32, 3), 1_971_352),
 }
-SMALL = ["mlp", "lenet5", "small_cnn", "cifar_resnet20", "cifar_resnet20_v2"]
+SMALL = ["mlp", "lenet5", "small_cnn", "cifar_resnet20", "cifar_resnet20_v2", "airbench"]
 
 
 def shapes(model, shape):
@@ -61,6 +62,9 @@ def test_every_parameter_learns(name):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, *shape)), jnp.float32)
     variables = jax.jit(model.init)(jax.random.key(0), x)
     rest = {k: v for k, v in variables.items() if k != "params"}
+    if "whitening" in rest:  # zero until the first batch, and nothing before it would learn
+        with jax.numpy_rank_promotion("allow"):
+            rest["whitening"] = {"kernel": airbench.whitening(x)}
 
     @jax.jit
     def gradients(params):
@@ -102,6 +106,34 @@ def test_adaptive_mean(H, W):
             columns = slice(int(np.floor(j * W / 7)), int(np.ceil((j + 1) * W / 7)))
             wanted[:, i, j] = x[:, rows, columns].mean((1, 2))
     np.testing.assert_allclose(cnn.adaptive_mean(jnp.asarray(x), 7), wanted, atol=1e-6)
+
+
+def test_whitening(x64):
+    """Responses over all patches: squares of mean 1, products of mean 0, and their negatives."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(5, 8, 9, 3)).cumsum(1).cumsum(2)  # neighbours are alike, as in images
+    with jax.numpy_rank_promotion("allow"):
+        filters = np.asarray(airbench.whitening(jnp.asarray(x), eps=1e-12))
+    assert filters.shape == (2, 2, 3, 24)
+    patches = [x[n, i : i + 2, j : j + 2] for n in range(5) for i in range(7) for j in range(8)]
+    responses = np.stack(patches).reshape(-1, 12) @ filters.reshape(12, 24)
+    first, second = responses[:, :12], responses[:, 12:]
+    np.testing.assert_allclose(first.T @ first / len(patches), np.eye(12), atol=1e-8)
+    np.testing.assert_array_equal(second, -first)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 4, 6), (3, 3, 4, 4), (1, 1, 5, 7), (3, 3, 6, 4)])
+def test_identity_init(shape):
+    """The input comes out again, in as many outputs as there are."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6, shape[2])), jnp.float32)
+    kernel = airbench.identity_init(jax.random.key(0), shape)
+    y = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    both = min(shape[2:])
+    np.testing.assert_array_equal(y[..., :both], x[..., :both])
+    rest = kernel[..., both:]
+    assert rest.size == 0 or 0 < np.abs(rest).max() <= (np.prod(shape[:3])) ** -0.5
 
 
 def test_a_parameter_of_no_known_layer():

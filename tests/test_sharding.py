@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import dlx
 from dlx import checkpoint, metrics, sharding
+from dlx.nn import losses
 
 # ---- Meshes ------------------------------------------------------------------------------------
 
@@ -242,6 +243,7 @@ def train(spec, dtype, *, devices=8, workdir=None, **kwargs):
 LAYOUTS = [
     ("data=8", {}),
     ("fsdp=8", {}),
+    ("tensor=8", {"rules": RULES}),
     ("data=4,fsdp=2", {}),
     ("data=2,fsdp=2,tensor=2", {"rules": RULES}),
 ]
@@ -278,6 +280,84 @@ def test_eight_devices_give_the_parameters_of_one(x64):
 def test_micro_batches_on_eight_devices(x64):
     one = train("data=1", np.float64, devices=1, accumulate=4)
     equal(train("data=2,fsdp=4", np.float64, accumulate=4), one, np.float64)
+
+
+class Carrying(nn.Module):
+    """Batch statistics and dropout: what sees the whole batch, or its layout."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        dtypes = {"dtype": x.dtype, "param_dtype": x.dtype}
+        x = nn.Dense(128, name="dense1", **dtypes)(x)
+        x = nn.BatchNorm(not train, momentum=0.9, name="norm", **dtypes)(x)
+        x = nn.Dropout(0.3, deterministic=not train, name="dropout")(jnp.tanh(x))
+        x = jnp.tanh(nn.Dense(64, name="dense2", **dtypes)(x))
+        return nn.Dense(16, name="dense3", **dtypes)(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_batch_statistics_and_dropout_on_eight_devices(dtype, x64, promoting):
+    model, tx = Carrying(), optax.sgd(0.1, 0.9)
+
+    def init(key, given):
+        return dlx.train_state(key, model.init(key, jnp.zeros((1, 32), dtype)), tx, ema=True)
+
+    def trained(spec, devices=8, rules=()):
+        plain = experiment(dtype)
+        state, history = dlx.fit(
+            dlx.Experiment(
+                init,
+                dlx.make_step(losses.classification(model, inputs="x"), tx, ema=0.9),
+                plain.data,
+                rules=rules,
+            ),
+            dlx.Run(steps=STEPS, log_every=1),
+            mesh=dlx.make_mesh(spec, jax.devices()[:devices]),
+            writers=[],
+        )
+        return [row["train/loss"] for row in history], state
+
+    one = trained("data=1", devices=1)
+    assert one[0][-1] < one[0][0]
+    statistics = one[1].model_state["batch_stats"]["norm"]  # linen keeps them in float32
+    assert float(abs(statistics["mean"]).max()) > 0.01
+    for spec, kwargs in LAYOUTS:
+        found = trained(spec, **kwargs)
+        equal(found, one, dtype)
+        for name, value in found[1].model_state["batch_stats"]["norm"].items():
+            np.testing.assert_allclose(np.asarray(value), statistics[name], rtol=1e-5, atol=1e-6)
+
+
+def test_micro_batches_make_the_step_of_the_whole_batch(x64):
+    """Without noise, dropout or batch statistics, which see the micro-batch."""
+    tx = optax.sgd(0.1, 0.9)
+
+    def loss_fn(params, model_state, batch, key):
+        logits = MLP().apply({"params": params}, batch["x"])
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return each.mean(), (model_state, {})
+
+    def trained(accumulate):
+        def init(key, given):
+            return dlx.train_state(key, MLP().init(key, jnp.zeros((1, 32), np.float64)), tx)
+
+        plain = experiment(np.float64)
+        step = dlx.make_step(loss_fn, tx, clip_norm=1.0, accumulate=accumulate)
+        state, history = dlx.fit(
+            dlx.Experiment(init, step, plain.data),
+            dlx.Run(steps=STEPS, log_every=1),
+            mesh=dlx.make_mesh("data=2,fsdp=4"),
+            writers=[],
+        )
+        return [row["train/loss"] for row in history], state
+
+    whole, parts = trained(1), trained(4)
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-10)
+    for a, b in zip(
+        jax.tree.leaves(parts[1].params), jax.tree.leaves(whole[1].params), strict=True
+    ):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=1e-10)
 
 
 @pytest.fixture

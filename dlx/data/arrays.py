@@ -26,8 +26,12 @@ def check(arrays: Arrays, name: str, classes: int | None = None) -> dict[str, np
       classes: labels must be integers in [0, classes).
 
     Raises:
-      BadInput: empty, ragged, object dtype, NaN or infinity, float labels or labels out of range.
+      BadInput: empty, ragged, no numbers, NaN or infinity, images or labels of another shape,
+        float labels or labels out of range.
     """
+    for key, values in arrays.items():
+        if not values.ndim:
+            raise BadInput(f"{name}: {key} is a scalar: it must have a row an example")
     lengths = {k: len(v) for k, v in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise BadInput(f"{name}: arrays differ in length ({lengths}): each needs a row an example")
@@ -36,6 +40,8 @@ def check(arrays: Arrays, name: str, classes: int | None = None) -> dict[str, np
     for key, values in arrays.items():
         if values.dtype == object:
             raise BadInput(f"{name}: {key} has dtype object (ragged rows?): make it one array")
+        if values.dtype.kind not in "biufcV":  # V: bfloat16 and its like
+            raise BadInput(f"{name}: {key} has dtype {values.dtype}: it must be numbers")
         if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
             row = int(np.argwhere(~np.isfinite(values))[0][0])
             raise BadInput(f"{name}: {key} is not finite in row {row}: remove or mend that row")
@@ -47,6 +53,8 @@ def check(arrays: Arrays, name: str, classes: int | None = None) -> dict[str, np
         if "label" not in arrays:
             raise BadInput(f"{name} has no 'label': it has {', '.join(arrays)}")
         labels = arrays["label"]
+        if labels.ndim != 1:
+            raise BadInput(f"{name}: label has shape {labels.shape}: it must be (N,)")
         if not np.issubdtype(labels.dtype, np.integer):
             raise BadInput(f"{name}: label has dtype {labels.dtype}: it must be integer")
         for extreme in (labels.min(), labels.max()):
@@ -55,6 +63,39 @@ def check(arrays: Arrays, name: str, classes: int | None = None) -> dict[str, np
                     f"{name}: label {extreme} is out of range: labels go from 0 to {classes - 1}"
                 )
     return dict(arrays)
+
+
+def order(n: int, batch_size: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The one order of all data: positions in the stream (B,) -> which examples these are (B,).
+
+    Epoch after epoch, each a permutation of its own, laid end to end.
+
+    Args:
+      n: how many examples there are.
+      batch_size: of the global batch.
+      seed: of the order.
+
+    Raises:
+      BadInput: batch_size is below 1 or above n.
+
+    >>> sorted(order(4, 3, seed=0)(np.arange(4, 8)).tolist())
+    [0, 1, 2, 3]
+    """
+    if not 1 <= batch_size <= n:
+        raise BadInput(f"batch_size {batch_size} does not fit {n:,} examples: use 1 to {n}")
+
+    @functools.lru_cache(maxsize=2)
+    def permutation(epoch: int) -> np.ndarray:
+        return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+
+    def indices(position: np.ndarray) -> np.ndarray:
+        epochs, within = np.divmod(position, n)
+        index = np.empty_like(position)
+        for epoch in np.unique(epochs):
+            index[epochs == epoch] = permutation(int(epoch))[within[epochs == epoch]]
+        return index
+
+    return indices
 
 
 def batches(
@@ -82,22 +123,13 @@ def batches(
 
     def data(first_step: int, rows: Callable[[int], Any]) -> Iterator[dict[str, np.ndarray]]:
         opened = arrays() if callable(arrays) else arrays
-        n = len(next(iter(opened.values())))
-        if not 1 <= batch_size <= n:
-            raise BadInput(f"batch_size {batch_size} does not fit {n:,} examples: use 1 to {n}")
-
-        @functools.lru_cache(maxsize=2)
-        def order(epoch: int) -> np.ndarray:
-            return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+        indices = order(len(next(iter(opened.values()))), batch_size, seed)
 
         def stream() -> Iterator[dict[str, np.ndarray]]:
             step = first_step
             while True:
                 position = np.arange(step * batch_size, (step + 1) * batch_size)[rows(batch_size)]
-                epochs, within = np.divmod(position, n)
-                index = np.empty_like(position)
-                for epoch in np.unique(epochs):
-                    index[epochs == epoch] = order(int(epoch))[within[epochs == epoch]]
+                index = indices(position)
                 yield {k: v[index] for k, v in opened.items()}
                 step += 1
 

@@ -30,8 +30,10 @@ def whitening(images: jax.Array, eps: float = 5e-4) -> jax.Array:
     _, H, W, C = images.shape
     corners = [images[:, i : H - 1 + i, j : W - 1 + j] for i in (0, 1) for j in (0, 1)]
     p = jnp.stack(corners, 3).reshape(-1, 4 * C)  # (B (H - 1) (W - 1), 12)
-    values, vectors = jnp.linalg.eigh(p.T @ p / p.shape[0])  # (12,), (12, 12) in columns
-    filters = (vectors / jnp.sqrt(values + eps)).reshape(2, 2, C, 4 * C)
+    values, v = jnp.linalg.eigh(p.T @ p / p.shape[0])  # (12,), (12, 12) in columns
+    # Of either sign v is an eigenvector: without a choice rounding could swap filter and negative.
+    v = v * jnp.where(jnp.arange(1, 4 * C + 1, dtype=v.dtype) @ v < 0, -1.0, 1.0).reshape(1, -1)
+    filters = (v / jnp.sqrt(values + eps).reshape(1, -1)).reshape(2, 2, C, 4 * C)
     return jnp.concatenate([filters, -filters], -1)
 
 
