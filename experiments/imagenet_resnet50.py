@@ -28,8 +28,7 @@ from dlx.models import resnet
 CARD = {
     "system": "ResNet-50",
     "paper": "He, Zhang, Ren, Sun 2015",
-    "data": "ImageNet, 1,271,167 / 10,000 / 50,000 images, 90 epochs, one centre crop; tested on "
-    "the official validation images, as the field does",
+    "data": "ImageNet, 1,271,167 / 10,000 / 50,000 images, 90 epochs",
     "metric": "test/accuracy",
     "unit": "%",
     "higher_is_better": True,

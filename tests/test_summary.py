@@ -186,7 +186,7 @@ def test_summary_of_the_digits():
     convolutions = 64 * (
         2 * 64 * 9 * 32 * 2 + 3 * (2 * 16 * 9 * (32 * 64 + 64 * 64) + 2 * 256 * 10)
     )
-    assert convolutions < total < 1.1 * convolutions  # the rest is augmentation
+    assert total == convolutions  # augmentation makes no products
     assert line[4:] == [f"({total / 64:,.0f}", "an", "example)"]
 
 
