@@ -302,6 +302,9 @@ CASES = {
     "axes of 6": case(
         f"{TRAIN} --mesh data=3,fsdp=2", "data=3 x fsdp=2", "6 devices", "8 (cpu)", "--mesh"
     ),
+    "batch that does not divide": case(
+        f"{TRAIN} --mesh data=8 --batch-size 30", "batch of 30", "data x fsdp = 8", "multiple of 8"
+    ),
     "axis of x": case(f"{TRAIN} --mesh data=x", "'data=x'", "write data=2"),
     "axis of 0": case(f"{TRAIN} --mesh data=0,fsdp=8", "'data=0'", "write data=2"),
     "axis of nothing": case(f"{TRAIN} --mesh data", "'data'", "write data=2"),
