@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlx import checkpoint, feed, guard, metrics, processes, runs, sharding
+from dlx import carry as carry_lib
+from dlx import checkpoint, checks, feed, guard, metrics, processes, runs, sharding
 from dlx import writers as writers_lib
-from dlx.errors import BadInput
 from dlx.experiment import Experiment, Run, best_step, parameters
 
 say = writers_lib.say
@@ -77,7 +77,7 @@ def fit(
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     # Before a folder is taken or erased:
-    checked = processes.agreed(lambda: _check(experiment, run, given, mesh))
+    checked = processes.agreed(lambda: checks.check(experiment, run, given, mesh))
     with contextlib.ExitStack() as stack:
         folder = None if workdir is None else Path(workdir)
 
@@ -89,37 +89,6 @@ def fit(
         if folder is not None:
             processes.told(take)
         return _fit(experiment, run, folder, given, mesh, writers, profile, *checked)
-
-
-def _check(experiment: Experiment, run: Run, given: Any, mesh: Any) -> tuple[Any, int, Any]:
-    """What can be wrong is found before anything compiles.
-
-    -> (the state's shapes, each with its sharding; examples in a batch; an empty log window)
-    """
-    if run.best is not None and run.best[0].split("/")[0] not in experiment.evals:
-        raise BadInput(
-            f"best names {run.best[0]!r} and the evaluations are "
-            f"{', '.join(experiment.evals) or 'none'}: write EVALUATION/METRIC max or min"
-        )
-    abstract = jax.eval_shape(experiment.init, jax.random.key(run.seed), given)
-    abstract = sharding.place(abstract, mesh, experiment.rules)
-    batch = sharding.whole(feed.first(experiment, mesh), mesh)
-    size = sharding.check_batch(batch, mesh)
-    empty = _check_step(experiment, abstract, batch)
-    for name, measure in experiment.evals.items():
-        if name in ("train", "test", "timing"):
-            raise BadInput(f"an evaluation is named {name!r}, as other rows are: rename it")
-        if names := getattr(measure, "names", None):  # an evaluator tells its metrics early
-            found = [f"{name}/{k}" for k in names(abstract)]
-            if run.best is not None and run.best[0].split("/")[0] == name:
-                _check_best(run, found)
-    return abstract, size, empty
-
-
-def _check_best(run: Run, found: Any) -> None:
-    if run.best is not None and run.best[0] not in found:
-        names = ", ".join(found)
-        raise BadInput(f"best names {run.best[0]!r} and the evaluations give {names}: use one")
 
 
 def _fit(
@@ -184,7 +153,7 @@ def _train(
 ):  # fmt: skip
     """Steps until `run.steps` or Ctrl-C -> (state, best state where there is no folder, whether
     the run is complete). Fills `table`, {step: evaluation}, and `log`."""
-    arrays, pack, unpack = _packed(carry)
+    arrays, pack, unpack = carry_lib.packed(carry)
     box = [arrays]  # state, log window, position: one consistent set, whenever an interrupt comes
     done: int = int(carry[2])
     saved: int = done
@@ -209,17 +178,7 @@ def _train(
             saver.save(done, state, record)
         saved = done
 
-    advance = _advance(experiment.step, run.log_every)
-    several = _scanned(advance, run.steps_per_call)
-    places = jax.tree.map(lambda x: x.sharding, arrays)  # told, or the second call compiles again
-
-    def compiled(fn: Callable) -> Callable:
-        def advance(state, rest, batch):  # the window is not donated: the log reads it later
-            return pack(fn(*unpack((state, rest)), batch))
-
-        return jax.jit(advance, donate_argnums=0, out_shardings=places)
-
-    single, several = compiled(advance), compiled(several)
+    single, several = carry_lib.compiled(experiment.step, run, arrays, pack, unpack)
     traced = folder if profile and processes.first() else None
     trace = writers_lib.Profile(None if traced is None else traced / "profile")
     try:
@@ -232,7 +191,7 @@ def _train(
                     with jax.set_mesh(mesh):
                         results = evaluate(experiment, unpack(box[0])[0])
                     _check_finite(done, results)
-                    _check_best(run, results)
+                    checks.check_best(run, results)
                     table[done] = results
                     log.emit(done, "eval", results)
                 best = best_step(table, run.best)
@@ -308,77 +267,7 @@ def _train(
         guard.unsaved.clear()
 
 
-Arrays = tuple[list[jax.Array], list[jax.Array]]
-
-
-def _packed(carry: tuple[Any, Any, Any]) -> tuple[Arrays, Callable, Callable]:
-    """-> ((the state's arrays, the log window's and the position), pack, unpack): what a call takes
-    and gives, and the way there and back.
-
-    Dataclasses, named tuples and PRNG keys are put together by Python code, which an interrupt can
-    come into. A list of arrays is not.
-    """
-    leaves, structure = jax.tree.flatten(carry)
-    size = len(jax.tree.leaves(carry[0]))
-    kinds = [
-        jax.random.key_impl(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else None
-        for x in leaves
-    ]
-
-    def pack(tree: Any) -> Arrays:
-        pairs = zip(jax.tree.leaves(tree), kinds, strict=True)
-        arrays = [jax.random.key_data(x) if kind else x for x, kind in pairs]
-        return arrays[:size], arrays[size:]
-
-    def unpack(arrays: Arrays) -> Any:
-        pairs = zip([*arrays[0], *arrays[1]], kinds, strict=True)
-        leaves = [jax.random.wrap_key_data(x, impl=kind) if kind else x for x, kind in pairs]
-        return jax.tree.unflatten(structure, leaves)
-
-    return pack(carry), pack, unpack
-
-
-def _advance(step_fn: Callable, log_every: int) -> Callable:
-    """(state, window, position, batch) -> the same after one step."""
-
-    def advance(state, window, position, batch):
-        state, values = step_fn(state, batch)
-        return state, metrics.accumulate(window, values, position, log_every), position + 1
-
-    return advance
-
-
-def _scanned(advance: Callable, k: int) -> Callable:
-    """K steps in one call; the leaves of `batches` are (K, B, ...)."""
-
-    def several(state, window, position, batches):
-        def body(carry, batch):
-            return advance(*carry, batch), None
-
-        return jax.lax.scan(body, (state, window, position), batches, length=k)[0]
-
-    return several
-
-
 # ---- Before and after --------------------------------------------------------------------------
-
-
-def _check_step(experiment: Experiment, abstract: Any, batch: Any) -> Any:
-    """An empty log window; a state that would change shape or dtype is named."""
-    after, values = jax.eval_shape(experiment.step, abstract, batch)
-    before, now = checkpoint.spec(abstract), checkpoint.spec(after)
-    for name in {**before, **now}:
-        if before.get(name) != now.get(name):
-            raise BadInput(
-                f"one step turns the state{name and ' at ' + name} from "
-                f"{before.get(name, 'absent')} into {now.get(name, 'absent')}: "
-                "init and step must agree"
-            )
-    empty = jax.eval_shape(metrics.empty_window, values)
-    for name, pair in empty["sums"].items():
-        if pair[0].shape or pair[1].shape:
-            raise BadInput(f"metric {name!r} has shape {pair[0].shape}: it must be a scalar")
-    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), empty)
 
 
 def evaluate(experiment: Experiment, state: Any) -> dict[str, float]:

@@ -24,7 +24,7 @@ import optax
 import pytest
 
 import dlx
-from dlx import checkpoint, guard, loop, metrics, runs, sharding, writers
+from dlx import carry, checkpoint, feed, guard, loop, metrics, runs, sharding, writers
 from dlx.data import arrays, digits
 from tests import shapes
 
@@ -894,8 +894,9 @@ def test_ctrl_c_at_every_line(tmp_path, mesh):
     """An interrupt before any line of the loop and the log, on its first, its middle and its last
     way through, costs nothing: real signals come between any two."""
     run = dataclasses.replace(RUN, best=("validation/score", "max"))
-    ours = {loop.__file__, writers.__file__}
+    ours = {loop.__file__, writers.__file__, carry.__file__, feed.__file__}
     names = {"_train", "save", "evaluate", "_finish", "emit", "later", "flush", "write", "paused"}
+    names |= {"unpack", "given"}
 
     def fit(folder, at=None):
         """Lines as they ran; Ctrl-C before number `at`."""
