@@ -78,17 +78,22 @@ def fit(
     mesh = sharding.make_mesh() if mesh is None else mesh
     # Before a folder is taken or erased:
     checked = processes.agreed(lambda: checks.check(experiment, run, given, mesh))
-    with contextlib.ExitStack() as stack:
-        folder = None if workdir is None else Path(workdir)
+    around = jax.sharding.get_mesh()
+    try:
+        with contextlib.ExitStack() as stack:
+            folder = None if workdir is None else Path(workdir)
 
-        def take() -> None:
-            assert folder is not None
-            stack.enter_context(guard.lock(folder))
-            guard.check_config(folder, config or {"run": dataclasses.asdict(run)}, fresh)
+            def take() -> None:
+                assert folder is not None
+                stack.enter_context(guard.lock(folder))
+                guard.check_config(folder, config or {"run": dataclasses.asdict(run)}, fresh)
 
-        if folder is not None:
-            processes.told(take)
-        return _fit(experiment, run, folder, given, mesh, writers, profile, *checked)
+            if folder is not None:
+                processes.told(take)
+            return _fit(experiment, run, folder, given, mesh, writers, profile, *checked)
+    finally:
+        if jax.sharding.get_mesh() != around:  # an interrupt came just where a `with` ended
+            jax.set_mesh(around)
 
 
 def _fit(

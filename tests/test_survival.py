@@ -98,6 +98,9 @@ class Process:
 
 @pytest.fixture(scope="module", autouse=True)
 def logs(tmp_path_factory):
+    # What a shell starts in the background may ignore Ctrl-C, and hands that on.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     Process.logs = tmp_path_factory.mktemp("output")
 
 
