@@ -161,6 +161,7 @@ def _train(
     arrays, pack, unpack = carry_lib.packed(carry)
     box = [arrays]  # state, log window, position: one consistent set, whenever an interrupt comes
     done: int = int(carry[2])
+    ahead = [carry[2]] * feed.AHEAD
     saved: int = done
     best_state = None
     saver: Any = None
@@ -216,7 +217,10 @@ def _train(
             if processes.stopping():
                 raise guard.Stopped
 
-            # 3. The next batch, or the next K in one.
+            # 3. The next batch, or the next K in one. The host goes a few calls ahead, no further: a
+            # signal is heard soon, batches do not pile up on the devices, and several CPU devices
+            # never have the 32 programs in flight at which XLA lets them wait for each other.
+            jax.block_until_ready(ahead[0])
             k, batch = next(batches)
 
             # 4. Step. An interrupt between the call and the assignment of its result would lose
@@ -225,6 +229,7 @@ def _train(
             guard.unsaved.set()
             with trace, jax.transfer_guard("disallow"):
                 box[:] = map(several if k > 1 else single, *((x,) for x in box[0]), (batch,))
+            ahead = [*ahead[1:], box[0][1][-1]]  # the position after each: it is not donated
             done += k
 
             # 5. Log, one window late: so the device is never waited for.

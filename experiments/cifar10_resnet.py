@@ -4,8 +4,9 @@ Paper     He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", a
           section 4.2 and table 6
 Command   python -m experiments.cifar10_resnet
           python -m experiments.cifar10_resnet --preset paper    (the whole schedule, 50,000 images)
-Hardware  2 CPU cores; the published records say which machine and how long
-Expected  test error 9 % after thirty epochs; 8.75 % in the paper, 8.27 % its best reproduction
+Hardware  2 CPU cores
+Expected  no record yet; the goal is a test error of 9.5 % after thirty epochs; 8.75 % in the paper,
+          8.27 % its best reproduction known, by the whole schedule
 """
 
 import dataclasses

@@ -7,7 +7,8 @@ Command   python -m experiments.imagenet_resnet50                    (20 steps, 
 Data      imagenet2012 of tensorflow-datasets, prepared as array_record; --dataset takes any set of
           images and labels by its name
 Hardware  the laptop's preset: 2 CPU cores; the paper's: accelerators
-Expected  top-1 accuracy 76.1 % by the whole recipe; by the laptop's, that of a guess
+Expected  no record; torchvision's network has a top-1 accuracy of 76.13 %. The laptop's preset
+          shows that everything works; it teaches nothing
 """
 
 import dataclasses
@@ -36,16 +37,6 @@ CARD = {
     "bar": {"value": 76.13, "source": "torchvision's ResNet-50, IMAGENET1K_V1"},
     "reported": {"value": 75.3, "source": "one crop, the authors' page", "status": "memory"},
     "time": "days on an accelerator",
-    "presets": {
-        "laptop": {
-            "data": "ImageNet, 20 steps of 32 images, 200 images tested",
-            "target": 0.0,
-            "bar": {"value": 0.1, "source": "a guess among 1,000 classes"},
-            "reported": None,
-            "time": "10 min",
-            "notes": "Twenty steps show that everything works; they teach nothing.",
-        }
-    },
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images, in [0, 1]
 

@@ -1,5 +1,9 @@
 """Meshes, rules, and training on eight devices against training on one."""
 
+import os
+import subprocess
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -327,6 +331,38 @@ def test_batch_statistics_and_dropout_on_eight_devices(dtype, x64, promoting):
         equal(found, one, dtype)
         for name, value in found[1].model_state["batch_stats"]["norm"].items():
             np.testing.assert_allclose(np.asarray(value), statistics[name], rtol=1e-5, atol=1e-6)
+
+
+FAR = """
+import jax, jax.numpy as jnp, numpy as np
+import dlx
+
+batch = {"x": np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)}
+
+def data(first_step, rows):
+    while True:
+        yield batch
+
+def loss(state, x):
+    return jnp.square(jnp.sin(x @ state["w"]) @ state["v"] - x).mean()
+
+def step(state, batch):
+    value, g = jax.value_and_grad(loss)(state, batch["x"])
+    return jax.tree.map(lambda a, b: a - 0.01 * b, state, g), {"loss": value}
+
+init = lambda key, given: {"w": jnp.eye(128), "v": jnp.eye(128)}
+dlx.fit(dlx.Experiment(init, step, data), dlx.Run(steps=4000, log_every=2000), writers=[])
+"""
+
+
+@pytest.mark.slow
+def test_the_host_does_not_run_far_ahead():
+    """XLA ends a process whose CPU devices have waited for each other for 40 s: they did where
+    more than 32 programs were in flight."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+    words = [sys.executable, "-c", FAR]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_micro_batches_make_the_step_of_the_whole_batch(x64):

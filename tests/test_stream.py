@@ -258,7 +258,7 @@ def test_rows_of_python_values_and_pictures():
 
 
 def test_a_dataset_of_hugging_face():
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs Hugging Face's: pip install datasets")
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=N)}
     columns = {"image": [picture(i) for i in range(N)], "label": list(range(N))}
     rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
