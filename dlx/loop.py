@@ -217,8 +217,8 @@ def _train(
             if processes.stopping():
                 raise guard.Stopped
 
-            # 3. The next batch, or the next K in one. The host goes a few calls ahead, no further: a
-            # signal is heard soon, batches do not pile up on the devices, and several CPU devices
+            # 3. The next batch, or the next K in one. The host goes a few calls ahead, no further:
+            # a signal is heard soon, batches do not pile up on the devices, and several CPU devices
             # never have the 32 programs in flight at which XLA lets them wait for each other.
             jax.block_until_ready(ahead[0])
             k, batch = next(batches)
