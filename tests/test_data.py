@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dlx import nn
 from dlx.data import arrays, digits, images
 from dlx.models import cnn
 from dlx.nn import losses
@@ -367,7 +368,7 @@ def test_max_pool(size):
     wanted = np.zeros((2, H, W, 3), np.float32)
     for i, j in np.ndindex(H, W):
         wanted[:, i, j] = x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].max((1, 2))
-    np.testing.assert_array_equal(cnn.max_pool(jnp.asarray(x)), wanted)
+    np.testing.assert_array_equal(nn.max_pool(jnp.asarray(x), (2, 2), (2, 2)), wanted)
 
 
 def test_every_parameter_of_the_small_cnn_learns():

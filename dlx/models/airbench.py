@@ -16,12 +16,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlx.nn.conv import conv_general_dilated, gelu, max_pool
+from dlx import nn
 
 
 def whitening(images: jax.Array, eps: float = 5e-4) -> jax.Array:
@@ -59,11 +58,11 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, C) -> (B, H // 2, W // 2, features)."""
         conv = partial(nn.Conv, self.features, (3, 3), use_bias=False, dtype=self.dtype,
-                       kernel_init=identity_init,
-                       conv_general_dilated=conv_general_dilated)  # fmt: skip
+                       kernel_init=identity_init)  # fmt: skip
         norm = partial(nn.BatchNorm, not self.train, momentum=0.6, epsilon=1e-12, use_scale=False,
                        dtype=self.dtype)  # fmt: skip
-        x = max_pool(conv(name="conv1")(x))  # (B, H // 2, W // 2, features)
+        x = nn.max_pool(conv(name="conv1")(x), (2, 2), (2, 2))  # (B, H // 2, W // 2, features)
+        gelu = partial(nn.gelu, approximate=False)
         x = gelu(norm(name="norm1")(x))
         return gelu(norm(name="norm2")(conv(name="conv2")(x)))
 
@@ -89,7 +88,7 @@ class Airbench(nn.Module):
         dimensions = ("NHWC", "HWIO", "NHWC")
         kernel, bias = filters.value.astype(x.dtype), bias.astype(x.dtype)
         x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=dimensions)
-        x = gelu(x + bias.reshape(1, 1, 1, -1))  # (B, 31, 31, 24)
+        x = nn.gelu(x + bias.reshape(1, 1, 1, -1), approximate=False)  # (B, 31, 31, 24)
         for i, width in enumerate(self.widths, 1):  # (B, 15, 15, 64), (B, 7, 7, 256)
             x = Block(width, train, self.dtype, name=f"block{i}")(x)  # (B, 3, 3, 256)
         x = x.max((1, 2))  # (B, 256)

@@ -18,16 +18,15 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dlx import nn
 from dlx.nn import torch
-from dlx.nn.conv import conv_general_dilated, max_pool
 
 relu_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-conv = partial(nn.Conv, use_bias=False, conv_general_dilated=conv_general_dilated)
+conv = partial(nn.Conv, use_bias=False)
 
 
 class SmallCNN(nn.Module):
@@ -59,7 +58,7 @@ class SmallCNN(nn.Module):
             x = conv(channels, (3, 3), padding=padding, dtype=self.dtype, name=f"conv{i}")(x)
             x = nn.BatchNorm(not train, momentum=0.9, dtype=self.dtype, name=f"norm{i}")(x)
             x = nn.relu(x)
-            x = max_pool(x) if pool else x  # (B, H/2, W/2, channels)
+            x = nn.max_pool(x, (2, 2), (2, 2)) if pool else x  # (B, H/2, W/2, channels)
         x = x.reshape(x.shape[0], -1)  # (B, H W C)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.classes, dtype=self.dtype, name="head")(x)  # (B, classes)
@@ -76,9 +75,9 @@ class LeNet5(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """(B, 28, 28, 1) -> logits (B, classes)."""
         x = nn.Conv(6, (5, 5), dtype=self.dtype, name="c1")(x)  # (B, 28, 28, 6)
-        x = max_pool(nn.relu(x))  # (B, 14, 14, 6)
+        x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))  # (B, 14, 14, 6)
         x = nn.Conv(16, (5, 5), padding="VALID", dtype=self.dtype, name="c3")(x)
-        x = max_pool(nn.relu(x))  # (B, 5, 5, 16)
+        x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))  # (B, 5, 5, 16)
         x = x.reshape(x.shape[0], -1)  # (B, 400)
         for name, units in (("c5", 120), ("f6", 84)):
             x = nn.relu(nn.Dense(units, dtype=self.dtype, name=name)(x))  # (B, units)
@@ -110,7 +109,6 @@ class VGG(nn.Module):
             for j in range(count):
                 name = f"{i + 1}_{j + 1}"
                 x = nn.Conv(min(64 * 2**i, 512), (3, 3), kernel_init=relu_init, dtype=self.dtype,
-                            conv_general_dilated=conv_general_dilated,
                             name=f"conv{name}")(x)  # fmt: skip
                 if self.norm:
                     norm = nn.BatchNorm(
@@ -118,7 +116,7 @@ class VGG(nn.Module):
                     )
                     x = norm(x)
                 x = nn.relu(x)
-            x = max_pool(x)  # (B, H / 2^i, W / 2^i, features)
+            x = nn.max_pool(x, (2, 2), (2, 2))  # (B, H / 2^i, W / 2^i, features)
         x = adaptive_mean(x, 7)  # (B, 7, 7, 512)
         x = x.reshape(x.shape[0], -1)  # (B, 25088)
         for name in ("dense1", "dense2"):

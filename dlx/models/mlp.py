@@ -12,9 +12,10 @@ Symbols: B batch, C classes.
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from dlx import nn
 
 
 class MLP(nn.Module):

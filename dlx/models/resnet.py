@@ -24,14 +24,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dlx import nn
 from dlx.errors import BadInput
 from dlx.nn import torch
-from dlx.nn.conv import conv_general_dilated
 
 # torch's default initialisation of these networks: variance 2 / fan out.
 kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -41,8 +40,7 @@ def conv(features: int, size: int, stride: int = 1, **kwargs: Any) -> nn.Conv:
     """A convolution without bias, padded by size // 2 on every side."""
     pad = [(size // 2, size // 2)] * 2
     return nn.Conv(features, (size, size), (stride, stride), padding=pad, use_bias=False,
-                   kernel_init=kaiming, conv_general_dilated=conv_general_dilated,
-                   **kwargs)  # fmt: skip
+                   kernel_init=kaiming, **kwargs)  # fmt: skip
 
 
 class BasicBlock(nn.Module):

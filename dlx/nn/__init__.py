@@ -1,0 +1,16 @@
+"""`flax.linen`, with layers that are fast on a CPU in place of some of its own.
+
+``from dlx import nn`` where it said ``import flax.linen as nn``: all of flax.linen is here, and the
+names below take the place of its own: the same arguments, parameters and numbers, so that a
+checkpoint moves between the two. The form is chosen when a function is lowered: for GPU and
+TPU it is exactly flax's. ``with nn.plain():`` (or ``DLX_PLAIN=1``) it is flax's on a CPU as well.
+
+Why each form is faster, and by how much, stands in its file.
+"""
+
+from flax.linen import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
+
+from dlx.nn.activation import gelu as gelu
+from dlx.nn.conv import Conv as Conv
+from dlx.nn.lowering import plain as plain
+from dlx.nn.pool import max_pool as max_pool

@@ -1,15 +1,17 @@
-"""Convolution and pooling whose gradients XLA compiles well on a CPU; elsewhere the plain ones.
+"""Convolution: `flax.linen.Conv` with gradients that XLA compiles well on a CPU.
 
-The numbers are those of `jax.lax` and flax. Reverse mode works to any order; forward mode does not
-(jax.custom_vjp).
+Reverse mode works to any order, and vmap; forward mode does not (jax.custom_vjp): `nn.plain()`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as linen
 import jax
 import jax.numpy as jnp
+
+from dlx.nn.lowering import is_plain, on_cpu
 
 MANY = 64 * 256  # input times output channels; below, XLA's own kernel gradient is as fast
 
@@ -29,6 +31,9 @@ def conv_general_dilated(
 
     def plain(x: jax.Array, k: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(x, k, window_strides, padding, **kwargs)
+
+    if is_plain():
+        return plain(lhs, rhs)
 
     def backward(x: jax.Array, k: jax.Array, dy: jax.Array) -> Any:
         return jax.vjp(plain, x, k)[1](dy)
@@ -51,7 +56,7 @@ def conv_general_dilated(
     conv = jax.custom_vjp(plain)
     conv.defvjp(
         lambda x, k: (plain(x, k), (x, k)),
-        lambda saved, dy: jax.lax.platform_dependent(*saved, dy, cpu=barred, default=backward),
+        lambda saved, dy: on_cpu(barred, backward, *saved, dy),
     )
     return conv(lhs, rhs)
 
@@ -68,62 +73,7 @@ def _kernel_gradient(x: jax.Array, k: jax.Array, dy: jax.Array, padding: Any) ->
     return jnp.stack([place.T @ flat for place in places]).reshape(k.shape)
 
 
-@jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """x Phi(x), by the error function.
+class Conv(linen.Conv):
+    """`flax.linen.Conv` on `conv_general_dilated` of this file."""
 
-    On a CPU its gradient is computed once, behind a barrier: XLA would put the exponential and
-    the error function into each of the reductions of the normalisation before it. 1.2 times
-    faster for the whole of a network of six convolutions.
-    """
-    return jax.nn.gelu(x, approximate=False)
-
-
-def _gelu_gradient(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    def plain(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return jax.vjp(lambda x: jax.nn.gelu(x, approximate=False), x)[1](dy)[0]
-
-    def barred(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return jax.lax.optimization_barrier(plain(x, dy))
-
-    return (jax.lax.platform_dependent(x, dy, cpu=barred, default=plain),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_gradient)
-
-
-@jax.custom_vjp
-def max_pool(x: jax.Array) -> jax.Array:
-    """2 x 2 maximum with stride 2: (B, H, W, C) -> (B, H // 2, W // 2, C).
-
-    An odd last row or column is left out, as without padding. Of equal values the first gets the
-    gradient, as in flax and torch. The gradient compares the four values once more: XLA's own, a
-    search for each place, takes twice as long on a CPU. It does not compare with the maximum, for
-    XLA may have made that from values rounded otherwise: then none would be equal.
-    """
-    return _fields(x).max((2, 4))
-
-
-def _fields(x: jax.Array) -> jax.Array:
-    B, H, W, C = x.shape
-    return x[:, : H // 2 * 2, : W // 2 * 2].reshape(B, H // 2, 2, W // 2, 2, C)
-
-
-def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return max_pool(x), x
-
-
-def _backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    B, H, W, C = x.shape
-    fields = _fields(x)
-    a, b, c, d = (fields[:, :, i, :, j] for i in range(2) for j in range(2))
-    left, right = a >= b, c >= d
-    top = jnp.where(left, a, b) >= jnp.where(right, c, d)
-    chosen = (top & left, top & ~left, ~top & right, ~top & ~right)  # one of them, always
-    da, db, dc, dd = (jnp.where(one, dy, jnp.zeros_like(dy)) for one in chosen)
-    rows = [jnp.stack([da, db], 3), jnp.stack([dc, dd], 3)]  # (B, H/2, W/2, 2, C) each
-    dx = jnp.stack(rows, 2).reshape(B, H // 2 * 2, W // 2 * 2, C)
-    return (jnp.pad(dx, ((0, 0), (0, H % 2), (0, W % 2), (0, 0))),)
-
-
-max_pool.defvjp(_forward, _backward)
+    conv_general_dilated: Any = conv_general_dilated

@@ -1,0 +1,38 @@
+"""The rows of the benchmark: in each file the same models in dlx and in PyTorch, one below the other.
+
+A file has
+
+- ``ROWS``: {name of the row: what it is, in a few words};
+- ``ours(row) -> Ours``;
+- ``theirs(row, wrap) -> Theirs``, whose networks' parts have the names of the flax parameters
+  ("block0.conv1" for block0/conv1), so that the weights can be carried over. PyTorch is imported
+  within it: the two sides may run in different Pythons.
+
+Both sides take the same batch, a dict of NumPy arrays made from a fixed seed, with what is random
+in a step (noise, say) among them, so that the losses of both can be compared. `theirs` gets it as
+tensors, images as (B, C, H, W). Every step is forward, backward and update, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Ours(NamedTuple):
+    """init(key) -> state; step(state, batch) -> (state, {"loss": ...}); batch; and
+    weights(state) -> {"params": ..., other collections}, for PyTorch's networks to start from."""
+
+    init: Callable[..., Any]
+    step: Callable[..., Any]
+    batch: dict[str, Any]
+    weights: Callable[..., Any] = lambda state: {"params": state.params} | state.model_state
+
+
+class Theirs(NamedTuple):
+    """The network (a torch.nn.Module; several in a torch.nn.ModuleDict), and step(batch) -> loss.
+
+    `wrap` (nothing, or torch.compile) must be called on what the step calls."""
+
+    module: Any
+    step: Callable[..., Any]
