@@ -1,4 +1,4 @@
-"""The rows of the benchmark: in each file the same models in dlx and in PyTorch, one below the other.
+"""The rows of the benchmark: in each file the same models in dlx and in PyTorch, side by side.
 
 A file has
 
