@@ -53,3 +53,30 @@ def classification(
         return loss, (model_state, {"accuracy": hit.mean()})
 
     return loss_fn
+
+
+def language(module: Any) -> Callable[..., tuple[jax.Array, tuple[Any, dict[str, Any]]]]:
+    """Mean over all tokens of -log p(target | tokens up to it), in nats.
+
+    Args:
+      module: (tokens, train) -> logits (B, T, V), with dropout as it likes.
+
+    Returns:
+      loss_fn(params, model_state, batch, key) of a batch {"tokens": (B, T), "targets": (B, T)} of
+      integers below V.
+    """
+
+    def loss_fn(params, model_state, batch, key):
+        logits, model_state = module.apply(
+            {"params": params, **model_state},
+            batch["tokens"],
+            train=True,
+            rngs={"dropout": key},
+            mutable=list(model_state),
+        )  # (B, T, V)
+        if logits.dtype != jnp.float64:
+            logits = logits.astype(jnp.float32)  # a bfloat16 network's loss is summed in float32
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        return loss.mean(), (model_state, {})
+
+    return loss_fn
