@@ -62,7 +62,7 @@ def test_gpt2(tied, x64, promoting):
     step = jax.jit(jax.value_and_grad(losses.language(ours), has_aux=True))
     (value, _), found = step(variables["params"], {}, batch, jax.random.key(0))
     np.testing.assert_allclose(ours.apply(variables, batch["tokens"]), logits.detach(), atol=1e-8)
-    assert abs(float(value) - float(loss)) <= 1e-8
+    assert abs(float(value) - loss.item()) <= 1e-8
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True

@@ -143,9 +143,9 @@ class GPT(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
         """(B, T) integers -> logits (B, T, V) of the token after each."""
-        T, most = tokens.shape[-1], self.context
-        if T > most:
-            raise BadInput(f"{T} tokens are beyond the context of {most}: give fewer")
+        T = tokens.shape[-1]
+        if self.context < T:
+            raise BadInput(f"{T} tokens are beyond the context of {self.context}: give fewer")
         embed = partial(nn.Embed, features=self.width, embedding_init=init, dtype=self.dtype)
         embedding = embed(self.vocabulary, name="embedding")
         places = embed(self.context, name="positions")(jnp.arange(T))  # (T, W)
