@@ -20,7 +20,7 @@ def derivatives(f, *args):
     every = tuple(range(len(args)))
 
     def norm(*args):
-        return sum((g**2).sum() for g in jax.grad(value, every)(*args))
+        return sum((g**2).sum() for g in jax.tree.leaves(jax.grad(value, every)(*args)))
 
     return f(*args), jax.grad(value, every)(*args), jax.grad(norm, every)(*args)
 
@@ -45,29 +45,85 @@ def test_gelu(x64):
     assert_same(lambda x: nn.gelu(x, **exact), lambda x: linen.gelu(x, **exact), x)
 
 
-@pytest.mark.parametrize("many", [0, conv.MANY])
-@pytest.mark.parametrize("channels", [1, 4])
+CONVOLUTIONS = [  # size, strides, padding, channels: all the forms there are
+    ((3, 3), (1, 1), "SAME", (33, 34)),
+    ((3, 3), (1, 1), "SAME", (17, 18)),
+    ((3, 3), (1, 1), ((2, 0), (0, 3)), (33, 34)),
+    ((3, 3), (1, 1), ((2, 0), (0, 3)), (3, 5)),
+    ((3, 2), (1, 1), ((5, 1), (2, 4)), (33, 34)),  # places that see nothing but padding
+    ((3, 2), (1, 1), ((5, 1), (2, 4)), (1, 20)),
+    ((3, 3), (2, 1), "VALID", (33, 34)),
+    ((3, 3), (2, 1), "VALID", (20, 4)),
+    ((4, 5), (2, 3), "SAME", (33, 34)),
+    ((4, 5), (2, 3), "SAME", (3, 5)),
+    ((2, 2), (3, 3), ((0, 1), (1, 0)), (33, 34)),  # places that nothing sees
+    ((2, 2), (3, 3), ((0, 1), (1, 0)), (1, 1)),
+    ((1, 1), (1, 1), "SAME", (3, 5)),
+    ((1, 1), (2, 3), "VALID", (33, 2)),
+    ((1, 1), (1, 1), ((1, 1), (0, 2)), (33, 34)),
+    ((1, 3), (1, 2), "SAME", (33, 34)),
+    ((1, 3), (1, 2), "SAME", (1, 1)),
+    ((7, 9), (1, 1), "VALID", (33, 34)),  # one place
+]
+
+
 @pytest.mark.parametrize(
-    ("strides", "padding", "dilation", "groups"),
-    [((1, 1), "SAME", 1, 1), ((1, 1), ((2, 0), (0, 3)), 1, 1), ((2, 1), "VALID", 1, 1),
-     ((1, 1), ((2, 1), (0, 3)), 2, 1),
-     ((1, 2), "SAME", 1, 0)],
-)  # fmt: skip
-def test_convolution(channels, strides, padding, dilation, groups, many, x64, monkeypatch):
-    """Above and below the number of channels from which the kernel's gradient is a product."""
-    monkeypatch.setattr(conv, "MANY", many)
-    groups = groups or channels
-    options = {
-        "window_strides": strides, "padding": padding, "rhs_dilation": (dilation, dilation),
-        "dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": groups,
-    }  # fmt: skip
-    x = jax.random.normal(jax.random.key(0), (2, 7, 9, channels), jnp.float64)
-    k = jax.random.normal(jax.random.key(1), (3, 3, channels // groups, 2 * groups), jnp.float64)
-    assert_same(
-        lambda x, k: conv.conv_general_dilated(x, k, **options),
-        lambda x, k: jax.lax.conv_general_dilated(x, k, **options),
-        x, k,
-    )  # fmt: skip
+    ("size", "strides", "padding", "channels", "chunk"),
+    [(*c, n) for i, c in enumerate(CONVOLUTIONS) for n in (1, conv.CHUNK)[: 1 + (i % 3 == 0)]],
+)
+def test_convolution(size, strides, padding, channels, chunk, x64, monkeypatch):
+    """Image by image and, of every third, all at once."""
+    monkeypatch.setattr(conv, "CHUNK", chunk)
+    x = jax.random.normal(jax.random.key(0), (3, 7, 9, channels[0]), jnp.float64)
+    k = jax.random.normal(jax.random.key(1), (*size, *channels), jnp.float64)
+    convolutions = [
+        lambda x, k, f=f: f(x, k, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        for f in (conv.conv_general_dilated, jax.lax.conv_general_dilated)
+    ]
+    assert_same(*convolutions, x, k)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_other_convolutions(dimensions, dilation, groups, x64):
+    """Groups, dilation and other numbers of dimensions."""
+    shape, size = (2, *(7, 5, 4)[:dimensions], 4), (2,) * dimensions
+    layers = [
+        m.Conv(8, size, kernel_dilation=dilation, feature_group_count=groups, param_dtype="float64")
+        for m in (nn, linen)
+    ]
+    x = jax.random.normal(jax.random.key(0), shape, jnp.float64)
+    params = layers[1].init(jax.random.key(1), x)
+    with jax.numpy_rank_promotion("allow"):
+        assert_same(*(lambda k, x, m=m: m.apply(k, x) for m in layers), params, x)
+
+
+def test_a_batch_of_batches(x64):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 6, 6, 3), jnp.float64)
+    k = jax.random.normal(jax.random.key(1), (2, 3, 3, 3, 5), jnp.float64)
+    convolutions = [
+        jax.vmap(lambda x, k, f=f: f(x, k, (1, 1), "SAME", dimension_numbers=conv.LAYOUT))
+        for f in (conv.conv_general_dilated, jax.lax.conv_general_dilated)
+    ]
+    assert_same(*convolutions, x, k)
+
+
+def test_the_switch():
+    """Plain is flax's own, forward mode and all; without it there is none, and JAX says so."""
+    x, k = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
+
+    def f(x, k):
+        return conv.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=conv.LAYOUT)
+
+    step = jax.jit(jax.grad(lambda x, k: (f(x, k) ** 2).sum(), (0, 1)))
+    assert "optimization_barrier" in step.lower(x, k).as_text()
+    with nn.plain():
+        text = step.lower(x, k).as_text()
+        assert "optimization_barrier" not in text and text.count("stablehlo.convolution") == 3
+        jax.jvp(f, (x, k), (x, k))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(f, (x, k), (x, k))
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])

@@ -64,6 +64,36 @@ class SmallCNN(nn.Module):
         return nn.Dense(self.classes, dtype=self.dtype, name="head")(x)  # (B, classes)
 
 
+class ConvNet(nn.Module):
+    """The network of many first lessons: two convolutions of 3 x 3, each with a maximum, two dense
+    layers; 824,458 parameters on 28 x 28 images, nearly all in the first dense layer.
+
+    Attributes:
+      channels: of each convolution.
+      units: of the hidden dense layer.
+      classes: logits.
+      dropout: rate before the last layer.
+      dtype: of the computation; parameters are float32 in any case.
+    """
+
+    channels: tuple[int, ...] = (32, 64)
+    units: int = 256
+    classes: int = 10
+    dropout: float = 0.0
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """(B, H, W, C) -> logits (B, classes)."""
+        for i, channels in enumerate(self.channels, 1):
+            x = nn.relu(nn.Conv(channels, (3, 3), dtype=self.dtype, name=f"conv{i}")(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))  # (B, H / 2^i, W / 2^i, channels)
+        x = x.reshape(x.shape[0], -1)  # (B, H W C)
+        x = nn.relu(nn.Dense(self.units, dtype=self.dtype, name="dense")(x))  # (B, units)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.classes, dtype=self.dtype, name="head")(x)  # (B, classes)
+
+
 class LeNet5(nn.Module):
     """C1 6, S2, C3 16, S4, C5 120, F6 84: 61,706 parameters on 28 x 28 images."""
 

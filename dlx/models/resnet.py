@@ -96,6 +96,7 @@ class ResNet(nn.Module):
       features: of the first stage.
       classes: logits.
       dtype: of the computation; parameters are float32 in any case.
+      small: for images of 32 x 32: a stem of 3 x 3 with stride 1 and without maximum.
     """
 
     blocks: tuple[int, ...]
@@ -103,15 +104,17 @@ class ResNet(nn.Module):
     features: int = 64
     classes: int = 1000
     dtype: Any = None
+    small: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """(B, H, W, 3) -> logits (B, classes)."""
         norm = partial(nn.BatchNorm, not train, momentum=0.9, dtype=self.dtype)
-        x = conv(self.features, 7, 2, dtype=self.dtype, name="conv1")(x)  # (B, H/2, W/2, 64)
-        x = nn.relu(norm(name="norm1")(x))
-        pad: Any = ((1, 1), (1, 1))
-        x = nn.max_pool(x, (3, 3), (2, 2), pad)  # (B, H/4, W/4, 64)
+        size, stride = (3, 1) if self.small else (7, 2)
+        x = conv(self.features, size, stride, dtype=self.dtype, name="conv1")(x)
+        x = nn.relu(norm(name="norm1")(x))  # (B, H/2, W/2, 64)
+        if not self.small:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # (B, H/4, W/4, 64)
         for i, count in enumerate(self.blocks, 1):
             for j in range(count):
                 stride = 2 if i > 1 and j == 0 else 1

@@ -1,0 +1,154 @@
+"""One side of one row, in a process of its own:
+`python -m experiments.benchmarks.worker SIDE ROW FOLDER`.
+
+Prints one line of JSON when it is ready. Then, for every number of steps that it reads, the seconds
+that one of them took. `FOLDER` holds the weights to start from; the side "flax" writes them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks import cases
+
+SIDES = {
+    "dlx": "dlx, the state donated",
+    "scan": "dlx, 4 steps in a call",
+    "flax": "the same model in plain flax.linen under jax.jit",
+    "eager": "PyTorch",
+    "channels-last": "PyTorch, torch.channels_last",
+    "compile": "PyTorch, torch.compile",
+}
+SCANNED = 4
+CHECKED = 3  # losses compared
+
+
+def rows() -> dict[str, Any]:
+    """{row: its module}."""
+    modules = [
+        importlib.import_module(f"{cases.__name__}.{m.name}")
+        for m in pkgutil.iter_modules(cases.__path__)
+    ]
+    return {row: module for module in modules for row in module.ROWS}
+
+
+def flat(tree: Any, path: str = "") -> dict[str, np.ndarray]:
+    """{"params/conv1/kernel": array} of a nested dict."""
+    if hasattr(tree, "items"):
+        return {k: v for name, x in tree.items() for k, v in flat(x, f"{path}/{name}").items()}
+    return {path.removeprefix("/"): np.asarray(tree)}
+
+
+def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callable[[int], float]]:
+    """(what to report, steps -> seconds)."""
+    import jax
+
+    from dlx import nn, summary
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    case = rows()[row].ours(row)
+    report: dict[str, Any] = {"version": f"jax {jax.__version__}"}
+    with nn.plain(side == "flax"):
+        state = jax.jit(case.init)(jax.random.key(0))
+        batch = jax.tree.map(jax.numpy.asarray, case.batch)
+        if side == "flax":
+            np.savez(folder / "weights.npz", allow_pickle=False, **flat(case.weights(state)))
+            np.savez(folder / "batch.npz", allow_pickle=False, **flat(case.batch))
+            report["flops"], _ = summary.flops(jax.make_jaxpr(case.step)(state, batch).jaxpr)
+        start = time.perf_counter()
+        if side == "scan":
+            batch = jax.tree.map(lambda x: jax.numpy.stack([x] * SCANNED), batch)
+            program = jax.jit(lambda s, b: jax.lax.scan(case.step, s, b), donate_argnums=0)
+        else:
+            program = jax.jit(case.step, donate_argnums=() if side == "flax" else 0)
+        program.lower(state, batch).compile()
+        report["compile_seconds"] = time.perf_counter() - start
+
+    def run(steps: int) -> float:
+        nonlocal state
+        metrics = None
+        start = time.perf_counter()
+        with nn.plain(side == "flax"):
+            for _ in range(-(-steps // (SCANNED if side == "scan" else 1))):
+                state, metrics = program(state, batch)
+        jax.block_until_ready((state, metrics))
+        last.append(metrics)
+        return (time.perf_counter() - start) / steps
+
+    last: list[Any] = []
+
+    def loss(metrics: Any) -> np.ndarray:
+        value = metrics["loss"]
+        return np.ravel(value[0] / value[1] if isinstance(value, tuple) else value)
+
+    if side == "scan":
+        run(SCANNED)
+        report["losses"] = loss(last[0])[:CHECKED].tolist()
+    else:
+        for _ in range(CHECKED):
+            run(1)
+        report["losses"] = [float(loss(m)[0]) for m in last]
+    return report, run
+
+
+def torch_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callable[[int], float]]:
+    """(what to report, steps -> seconds)."""
+    import torch
+
+    from experiments.benchmarks import weights
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    wrap = torch.compile if side == "compile" else lambda network: network
+    case = rows()[row].theirs(row, wrap)
+    weights.load(case.module, dict(np.load(folder / "weights.npz")))
+    layout: Any = torch.channels_last if side == "channels-last" else torch.contiguous_format
+    case.module.to(memory_format=layout)
+
+    def tensor(x: np.ndarray) -> Any:
+        t = torch.from_numpy(x.astype(np.int64) if x.dtype.kind in "iu" else x)
+        return t.permute(0, 3, 1, 2).contiguous(memory_format=layout) if t.ndim == 4 else t
+
+    batch = {name: tensor(x) for name, x in np.load(folder / "batch.npz").items()}
+    start = time.perf_counter()
+    losses = [float(case.step(batch)) for _ in range(CHECKED)]
+    seconds = time.perf_counter() - start
+
+    def run(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            case.step(batch)
+        return (time.perf_counter() - start) / steps
+
+    report: dict[str, Any] = {"version": f"torch {torch.__version__.partition('+')[0]}"}
+    report["losses"] = losses
+    if side == "compile":
+        report["compile_seconds"] = max(0.0, seconds - CHECKED * run(1))
+    return report, run
+
+
+def main() -> None:
+    side, row, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    answer, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    kind = jax_side if side in ("dlx", "scan", "flax") else torch_side
+    report, run = kind(side, row, folder)
+    print(json.dumps(report), file=answer, flush=True)
+    for line in sys.stdin:
+        seconds = run(int(line))
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        print(json.dumps({"seconds": seconds, "peak_mb": memory}), file=answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()
