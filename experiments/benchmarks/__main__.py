@@ -1,0 +1,186 @@
+"""`python -m experiments.benchmarks`: the speed of a training step, dlx beside plain flax.linen and
+PyTorch.
+
+Each row is a model, each side of it a process of its own that starts from the same weights and sees
+the same batch. The sides take turns, round after round, so that whatever else the machine does
+slows all of them; what counts is the median of the rounds' ratios. A row whose first losses differ
+by more than a ten-thousandth between two sides is refused.
+
+It writes record.json and chart.png beside this file. PyTorch may live in another Python.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from experiments.benchmarks import worker
+
+HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The speed of a training step, dlx beside plain flax.linen and PyTorch."""
+
+    rows: tuple[str, ...] = ()  # only these; none: all
+    sides: tuple[str, ...] = tuple(worker.SIDES)  # only these
+    rounds: int = 9  # turns of each side
+    seconds: float = 1.0  # a turn lasts about so long
+    torch_python: str = sys.executable  # a Python that has PyTorch
+    older_python: str = ""  # a Python with an older jax, as one more side
+    out: Path = HERE  # folder of record.json and chart.png
+
+
+class Side:
+    """A worker's process."""
+
+    def __init__(self, python: str, side: str, row: str, folder: str):
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        words = [python, "-m", "experiments.benchmarks.worker", side, row, folder]
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=HERE.parents[1],
+        )  # fmt: skip
+        self.report = self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            self.errors.seek(0)
+            said = self.errors.read().strip().rpartition("\n")[2]
+            self.close()
+            raise RuntimeError(said or "it ended")
+        return json.loads(line)
+
+    def seconds(self, steps: int) -> float:
+        """Of one step, as the mean of some."""
+        self.process.stdin.write(f"{steps}\n")  # type: ignore[union-attr]
+        self.process.stdin.flush()  # type: ignore[union-attr]
+        said = self.answer()
+        self.report["peak_mb"] = round(said["peak_mb"])
+        return said["seconds"]
+
+    def close(self) -> None:
+        self.process.communicate()
+        self.errors.close()
+
+
+def interval(ratios: np.ndarray) -> tuple[float, float]:
+    """95 % of the medians of a thousand draws with replacement."""
+    draws = np.random.default_rng(0).choice(ratios, (1000, len(ratios)))
+    low, high = np.percentile(np.median(draws, 1), [2.5, 97.5])
+    return round(float(low), 3), round(float(high), 3)
+
+
+def limit() -> float:
+    """FLOP/s of this machine's matrix product in float32, the best of some."""
+    a = np.random.default_rng(0).normal(size=(2048, 2048)).astype(np.float32)
+    best = math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        np.matmul(a, a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+def measure(row: str, config: Config, bar: Any) -> dict[str, Any]:
+    """A row of the record; {"refused": why} where its sides do not compute the same."""
+    sides = [s for s in worker.SIDES if s in ("flax", "dlx", *config.sides)]
+    sides.sort(key=lambda s: s != "flax")  # it writes the weights
+    pythons = {s: sys.executable for s in sides} | dict.fromkeys(
+        ("eager", "channels-last", "compile"), config.torch_python
+    )
+    if config.older_python:
+        sides.append("dlx, older jax")
+        pythons["dlx, older jax"] = config.older_python
+    running: dict[str, Side] = {}
+    out: dict[str, Any] = {"sides": {}, "ratios": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in sides:
+            bar.set_postfix_str(f"{row}: {name} compiles")
+            try:
+                running[name] = Side(pythons[name], name.partition(",")[0], row, folder)
+            except RuntimeError as e:
+                out["sides"][name] = {"failed": str(e)}
+    wanted = np.array(running["flax"].report["losses"][:2])
+    for name, side in running.items():
+        found = np.array(side.report["losses"][:2])
+        if not np.allclose(found, wanted, rtol=1e-4, atol=0):
+            out["refused"] = f"the first losses are {found} ({name}) and {wanted} (flax)"
+    if "refused" not in out:
+        times = {name: [] for name in running}
+        steps = {}
+        for name, side in running.items():
+            bar.set_postfix_str(f"{row}: {name} warms up")
+            side.seconds(worker.SCANNED)
+            turn = config.seconds / side.seconds(worker.SCANNED) / worker.SCANNED
+            steps[name] = worker.SCANNED * max(1, round(turn))
+        for i in range(config.rounds):
+            bar.set_postfix_str(f"{row}: round {i + 1} of {config.rounds}")
+            order = list(running)
+            for name in order[i % len(order) :] + order[: i % len(order)]:
+                times[name].append(running[name].seconds(steps[name]))
+        flops = running["flax"].report["flops"]
+        for name, side in running.items():
+            t = np.array(times[name])
+            out["sides"][name] = side.report | {
+                "seconds": float(np.median(t)), "all": [round(x, 6) for x in t],
+                "flops_per_second": flops / float(np.median(t)),
+            }  # fmt: skip
+            ratios = t / np.array(times["dlx"])  # how many times faster dlx is
+            low, high = interval(ratios)
+            out["ratios"][name] = {
+                "median": round(float(np.median(ratios)), 3),
+                "low": low,
+                "high": high,
+            }
+    for side in running.values():
+        side.close()
+    return out
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    known = worker.rows()
+    unknown = [r for r in config.rows if r not in known]
+    if unknown:
+        raise SystemExit(f"rows {unknown[0]!r} is none of {', '.join(known)}")
+    unknown = [s for s in config.sides if s not in worker.SIDES]
+    if unknown:
+        raise SystemExit(f"sides {unknown[0]!r} is none of {', '.join(worker.SIDES)}")
+    rows = config.rows or tuple(known)
+    record: dict[str, Any] = {
+        "command": "python -m experiments.benchmarks",
+        "date": datetime.date.today().isoformat(),
+        "cores": len(os.sched_getaffinity(0)),
+        "limit": limit(),
+        "rounds": config.rounds,
+        "rows": {},
+    }
+    with tqdm(rows, unit="row") as bar:
+        for row in bar:
+            result = measure(row, config, bar)
+            record["rows"][row] = {"what": known[row].ROWS[row]} | result
+            line = [f"{row:12s}"]
+            line += [f"{k} {v['median']:.2f}" for k, v in result["ratios"].items() if k != "dlx"]
+            bar.write("  ".join(line) + result.get("refused", ""))
+    record["limit"] = max(record["limit"], limit())
+    (config.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
