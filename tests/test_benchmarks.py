@@ -29,6 +29,7 @@ def test_a_row():
     json.dumps(found)
 
 
+@pytest.mark.slow
 def test_a_row_whose_sides_differ_is_refused(monkeypatch):
     def answer(side):
         said = answers(side)
@@ -42,6 +43,7 @@ def test_a_row_whose_sides_differ_is_refused(monkeypatch):
     assert "first losses" in found["refused"] and not found["ratios"]
 
 
+@pytest.mark.slow
 def test_a_side_that_fails_is_named():
     config = benchmarks.Config(sides=("eager",), rounds=2, seconds=0.01, torch_python="/bin/false")
     found = benchmarks.measure("mlp", config, tqdm(disable=True))

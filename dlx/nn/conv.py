@@ -14,7 +14,6 @@ Symbols: x (B, H, W, C), k (h, w, C, O), y (B, H', W', O), s strides, pads of ze
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as linen
@@ -122,26 +121,23 @@ def _kernel_gradient(
     (h, w, C, O), B = k.shape, x.shape[0]  # noqa: E741
     if (h, w) == (1, 1) and not any(pads[0] + pads[1]):
         return jax.vjp(lambda k: _pointwise(x, k, s), k)[1](dy)[0]
-    copied = w * C * x[0, ..., 0].size + h * O * dy[0, ..., 0].size
-    part: Callable[[jax.Array, jax.Array], jax.Array]
-    if C < FEW:
-        r = _block(k.shape, s)
-        copied = h * ((r - 1) * s[1] + w) * C * dy[0, ..., 0].size // r
-
-        def part(x: jax.Array, dy: jax.Array) -> jax.Array:
-            return jax.vjp(lambda k: _banded(x, k, s, pads), k)[1](dy)[0]
-    elif min(C, O) < 2 * FEW:
+    if FEW <= min(C, O) < 2 * FEW or (O < FEW <= C):
         conv = functools.partial(lax.conv_general_dilated, dimension_numbers=LAYOUT)
         return jax.vjp(lambda k: conv(x, k, s, pads), k)[1](dy)[0]
-    elif s == (1, 1):
 
-        def part(x: jax.Array, dy: jax.Array) -> jax.Array:
+    def part(x: jax.Array, dy: jax.Array) -> jax.Array:
+        if C < FEW:
+            return jax.vjp(lambda k: _banded(x, k, s, pads), k)[1](dy)[0]
+        if s == (1, 1):
             return _rows_by_columns(x, dy, (h, w), pads)
-    else:
+        return _place_by_place(x, dy, (h, w), s, pads)
 
-        def part(x: jax.Array, dy: jax.Array) -> jax.Array:
-            return _place_by_place(x, dy, (h, w), s, pads)
-
+    r = _block(k.shape, s)
+    copied = (
+        h * ((r - 1) * s[1] + w) * C * dy[0, ..., 0].size // r
+        if C < FEW
+        else w * C * x[0, ..., 0].size + h * O * dy[0, ..., 0].size
+    )  # numbers, an image
     few = max(1, CHUNK // (copied * x.dtype.itemsize))
     few = next(n for n in range(min(few, B), 0, -1) if B % n == 0)
     if few == B:
