@@ -42,7 +42,10 @@ def _count(jaxpr: jex.Jaxpr) -> tuple[int, bool]:
         elif name == "conv_general_dilated":
             total += _convolution(eqn)
         elif name == "cond":
-            branches = [_count(b.jaxpr) for b in params["branches"]]
+            branches = [flops(b.jaxpr) for b in params["branches"]]
+            platforms = params.get("branches_platforms") or ()
+            if None in platforms:  # `jax.lax.platform_dependent`: its default is the plain form
+                branches = [branches[platforms.index(None)]]
             total += max(n for n, _ in branches)
             exact &= all(e for _, e in branches)
         else:

@@ -13,7 +13,6 @@ Symbols: x (B, H, W, C), k (h, w, C, O), y (B, H', W', O), s strides, pads of ze
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as linen
@@ -122,8 +121,7 @@ def _kernel_gradient(
     if (h, w) == (1, 1) and not any(pads[0] + pads[1]):
         return jax.vjp(lambda k: _pointwise(x, k, s), k)[1](dy)[0]
     if FEW <= min(C, O) < 2 * FEW or (O < FEW <= C):
-        conv = functools.partial(lax.conv_general_dilated, dimension_numbers=LAYOUT)
-        return jax.vjp(lambda k: conv(x, k, s, pads), k)[1](dy)[0]
+        return _image_as_window(x, dy, (h, w), s, pads)
 
     def part(x: jax.Array, dy: jax.Array) -> jax.Array:
         if C < FEW:
@@ -191,6 +189,28 @@ def _place_by_place(
 
     dk = jnp.stack([place(i, j) for i in range(h) for j in range(w)])
     return dk.reshape(h, w, *dk.shape[1:])
+
+
+def _image_as_window(
+    x: jax.Array, dy: jax.Array, size: Pair, s: Pair, pads: tuple[Pair, Pair]
+) -> jax.Array:
+    """XLA's own form: the channels of x are the batch, its batch the channels, dy the kernel.
+
+    Written with the transpositions before a barrier, for the reason that `_input_gradient` has.
+    """
+    (h, w), (_, H, W, _), (_, H_, W_, _) = size, x.shape, dy.shape
+    images, window = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
+    images, window = lax.optimization_barrier((images, window))  # (C, H, W, B), (H', W', B, O)
+    sides = [
+        (low, places - 1 + (outs - 1) * step + 1 - whole - low)
+        for places, whole, outs, step, (low, _) in zip(
+            (h, w), (H, W), (H_, W_), s, pads, strict=True
+        )
+    ]
+    dk = lax.conv_general_dilated(
+        images, window, (1, 1), sides, rhs_dilation=s, dimension_numbers=LAYOUT
+    )  # (C, h, w, O)
+    return dk.transpose(1, 2, 0, 3)
 
 
 def _block(k: tuple[int, ...], s: Pair) -> int:

@@ -25,6 +25,7 @@ from experiments.benchmarks import cases
 SIDES = {
     "dlx": "dlx, the state donated",
     "scan": "dlx, 4 steps in a call",
+    "fit": "dlx, the whole loop, batches read from arrays",
     "flax": "the same model in plain flax.linen under jax.jit",
     "eager": "PyTorch",
     "channels-last": "PyTorch, torch.channels_last",
@@ -56,7 +57,8 @@ def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callabl
 
     from dlx import nn, summary
 
-    jax.config.update("jax_enable_compilation_cache", False)
+    # Compilations are timed; the loop compiles anew in each turn, and that is not.
+    jax.config.update("jax_enable_compilation_cache", side == "fit")
     case = rows()[row].ours(row)
     report: dict[str, Any] = {"version": f"jax {jax.__version__}"}
     with nn.plain(side == "flax"):
@@ -74,6 +76,9 @@ def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callabl
             program = jax.jit(case.step, donate_argnums=() if side == "flax" else 0)
         program.lower(state, batch).compile()
         report["compile_seconds"] = time.perf_counter() - start
+
+    if side == "fit":
+        return report | {"losses": []}, lambda steps: fit_seconds(case, steps)
 
     def run(steps: int) -> float:
         nonlocal state
@@ -100,6 +105,27 @@ def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callabl
             run(1)
         report["losses"] = [float(loss(m)[0]) for m in last]
     return report, run
+
+
+def fit_seconds(case: cases.Ours, steps: int) -> float:
+    """Seconds a step of `dlx.fit`, from when it asks for one batch to when it asks for a later."""
+    import dlx
+    from dlx import feed
+    from dlx.data import arrays
+
+    asked: list[float] = []
+    data = {k: np.concatenate([x] * 4) for k, x in case.batch.items()}
+    read = arrays.batches(data, len(next(iter(case.batch.values()))), seed=0)
+
+    def batches(first_step: int, rows: Any) -> Any:
+        for batch in read(first_step, rows):
+            asked.append(time.perf_counter())
+            yield batch
+
+    first = 2 * feed.AHEAD  # from then on the loop is what is waited for
+    experiment = dlx.Experiment(lambda key, given: case.init(key), case.step, batches)
+    dlx.fit(experiment, dlx.Run(steps=first + steps), writers=[])
+    return (asked[first + steps - 1] - asked[first - 1]) / steps
 
 
 def torch_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callable[[int], float]]:
@@ -141,7 +167,7 @@ def torch_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Calla
 def main() -> None:
     side, row, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     answer, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
-    kind = jax_side if side in ("dlx", "scan", "flax") else torch_side
+    kind = jax_side if side in ("dlx", "scan", "fit", "flax") else torch_side
     report, run = kind(side, row, folder)
     print(json.dumps(report), file=answer, flush=True)
     for line in sys.stdin:
