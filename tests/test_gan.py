@@ -27,29 +27,29 @@ def sigmoid(x):
 def test_losses(x64):
     """By the probabilities, as the paper has them; gradients by differences."""
     random = np.random.default_rng(0)
-    batch = {"image": random.normal(size=(5, 2)), "noise": random.normal(size=(5, 3))}
-    D = {"params": {"w": jnp.float64(0.7)}}
-    G = {"params": {"w": jnp.float64(-1.3)}}
+    image, noise = random.normal(size=(5, 2)), random.normal(size=(5, 3))
+    judge = {"params": {"w": jnp.float64(0.7)}}
+    params = {"w": jnp.float64(-1.3)}
+    fake, generate = gan.generate(Line(), {}, params, noise)
+    np.testing.assert_allclose(fake, -1.3 * noise.sum(1))
 
     def d_wanted(w):
-        real = w * batch["image"].sum(1)
-        fake = w * -1.3 * batch["noise"].sum(1)
+        real, fake = w * image.sum(1), w * -1.3 * noise.sum(1)
         return -np.log(sigmoid(real)).mean() - np.log(1 - sigmoid(fake)).mean()
 
     def g_wanted(w):
-        return -np.log(sigmoid(0.7 * w * batch["noise"].sum(1))).mean()
+        return -np.log(sigmoid(0.7 * w * noise.sum(1))).mean()
 
     def d_loss(params):
-        loss_fn = gan.discriminator_loss(Line(), Line())
-        return loss_fn(params, {}, batch, None, generator_variables=G)[0]
+        return gan.discriminator_loss(Line())(params, {}, {"image": image, "fake": fake}, None)[0]
 
     def g_loss(params):
-        loss_fn = gan.generator_loss(Line(), Line())
-        return loss_fn(params, {}, batch, None, discriminator_variables=D)[0]
+        loss_fn = gan.generator_loss(Line())
+        return loss_fn(params, {}, {}, None, generate=generate, judge=judge)[0]
 
-    for loss, wanted, at in ((d_loss, d_wanted, D), (g_loss, g_wanted, G)):
-        w, e = float(at["params"]["w"]), 1e-6
-        value, gradient = jax.value_and_grad(loss)(at["params"])
+    for loss, wanted, at in ((d_loss, d_wanted, judge["params"]), (g_loss, g_wanted, params)):
+        w, e = float(at["w"]), 1e-6
+        value, gradient = jax.value_and_grad(loss)(at)
         np.testing.assert_allclose(value, wanted(w), rtol=1e-12)
         np.testing.assert_allclose(
             gradient["w"], (wanted(w + e) - wanted(w - e)) / 2 / e, rtol=1e-7
@@ -58,14 +58,14 @@ def test_losses(x64):
 
 def test_losses_are_stable():
     """Where the discriminator is sure, probabilities round to 0 and the gradient is still 1."""
-    batch = {"image": jnp.ones((2, 1)), "noise": jnp.ones((2, 1))}
-    D = {"params": {"w": jnp.float32(-1e4)}}  # of G's images, which are 1
+    judge, params = {"params": {"w": jnp.float32(-1e4)}}, {"w": jnp.float32(1.0)}
+    _, generate = gan.generate(Line(), {}, params, jnp.ones((2, 1)))  # images that are 1
 
     def g_loss(params):
-        loss_fn = gan.generator_loss(Line(), Line())
-        return loss_fn(params, {}, batch, None, discriminator_variables=D)[0]
+        loss_fn = gan.generator_loss(Line())
+        return loss_fn(params, {}, {}, None, generate=generate, judge=judge)[0]
 
-    value, gradient = jax.value_and_grad(g_loss)({"w": jnp.float32(1.0)})
+    value, gradient = jax.value_and_grad(g_loss)(params)
     assert float(value) == 1e4 and float(gradient["w"]) == 1e4
 
 
@@ -116,13 +116,14 @@ def test_a_critic_sees_each_image_alone():
 
 
 def steps(G, D, tx):
-    d_step = dlx.make_step(gan.discriminator_loss(G, D), tx)
-    g_step = dlx.make_step(gan.generator_loss(G, D), tx)
+    d_step = dlx.make_step(gan.discriminator_loss(D), tx)
+    g_step = dlx.make_step(gan.generator_loss(D), tx)
 
     def step(state, batch):
         d, g = state
-        d, d_metrics = d_step(d, batch, generator_variables=g.variables)
-        g, g_metrics = g_step(g, batch, discriminator_variables=d.variables)
+        fake, generate = gan.generate(G, g.model_state, g.params, batch["noise"])
+        d, d_metrics = d_step(d, {"image": batch["image"], "fake": fake})
+        g, g_metrics = g_step(g, batch, generate=generate, judge=d.variables)
         return (d, g), d_metrics, g_metrics
 
     return step
@@ -142,6 +143,11 @@ def test_two_steps_make_a_gan(promoting):
         return d, dlx.train_state(key, G.init(key, batch["noise"]), tx)
 
     state = jax.jit(init)(jax.random.key(0))
+    with nn.plain():
+        text = jax.jit(steps(G, D, tx)).lower(state, batch).as_text()
+    # G forward, D forward three times; backward: D's with the gradients of its parameters twice,
+    # once without; G's. Of a first layer there is no gradient of the input.
+    assert text.count("stablehlo.convolution") == 3 + 3 * 2 + 2 * 3 + 2 + 5
     (d, g), d_metrics, g_metrics = jax.jit(steps(G, D, tx))(state, batch)
     for old, new in zip(state, (d, g), strict=True):
         for (path, a), b in zip(

@@ -80,13 +80,16 @@ def test_dcgan(x64, promoting):
 
     @lambda f: jax.jit(f, compiler_options=OPTIONS)
     def ours(g, d, batch):
+        statistics = [{"batch_stats": x["batch_stats"]} for x in (d, g)]
+        fake, generate = gan.generate(G, statistics[1], g["params"], batch["noise"])
+
         def d_loss(params):
-            stats = {"batch_stats": d["batch_stats"]}
-            return gan.discriminator_loss(G, D)(params, stats, batch, None, generator_variables=g)
+            both = {"image": batch["image"], "fake": fake}
+            return gan.discriminator_loss(D)(params, statistics[0], both, None)
 
         def g_loss(params):
-            stats = {"batch_stats": g["batch_stats"]}
-            return gan.generator_loss(G, D)(params, stats, batch, None, discriminator_variables=d)
+            consts = {"generate": generate, "judge": d}
+            return gan.generator_loss(D)(params, statistics[1], batch, None, **consts)
 
         return (
             jax.value_and_grad(d_loss, has_aux=True)(d["params"]),

@@ -16,10 +16,11 @@ The convolutions are 4 x 4 instead of the paper's 5 x 5, so that every output is
 many places of the kernel. Without normalisation the discriminator is a critic for WGAN-GP
 (I. Gulrajani et al., arXiv 1704.00028, section 4: "no critic batch normalization").
 
-A step trains both in turn, each by a step of `dlx.make_step` that is given the other network:
+A step trains both in turn, each by a step of `dlx.make_step`; the images are made once for both:
 
-    d, d_metrics = d_step(d, batch, generator_variables=g.variables)
-    g, g_metrics = g_step(g, batch, discriminator_variables=d.variables)
+    fake, generate = gan.generate(generator, g.model_state, g.params, noise)
+    d, d_metrics = d_step(d, {"image": image, "fake": fake})
+    g, g_metrics = g_step(g, {"noise": noise}, generate=generate, judge=d.variables)
 
 Symbols: B batch, Z latents, H and W height and width, C channels.
 """
@@ -111,45 +112,67 @@ class Discriminator(nn.Module):
         return x[:, 0]
 
 
-def trained(module: Any, variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+def train(module: Any, variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     """module(x) in training mode, and the new batch statistics."""
     state = [name for name in variables if name != "params"]
     return module.apply(variables, x, train=True, mutable=state)
 
 
-def discriminator_loss(generator: nn.Module, discriminator: nn.Module) -> Callable[..., Any]:
-    """The discriminator's loss_fn, of a batch {"image": (B, H, W, C) in (-1, 1), "noise": (B, Z)}
-    and the constant `generator_variables`:
+Generate = Callable[[Any], tuple[jax.Array, Any]]
 
-        - mean of ln D(x) - mean of ln (1 - D(G(z))),   with - ln D = softplus(- logit)
 
-    Real and generated images are normalised apart, each over their own batch. The metrics are the
-    means of D on either.
+def generate(
+    generator: Any, model_state: Any, params: Any, noise: jax.Array
+) -> tuple[jax.Array, Generate]:
+    """Noise (B, Z) -> images (B, H, W, C) in training mode, to be constants for the discriminator;
+    and the function of the parameters that made them, for the generator's loss.
+
+    The function makes nothing anew: its value is these images and statistics, its gradient
+    theirs. (XLA does not see that two passes with the same noise are one: the discriminator is
+    trained in between.)
     """
 
-    def loss_fn(params, model_state, batch, key, *, generator_variables):
-        fake, _ = trained(generator, generator_variables, batch["noise"])
-        real, model_state = trained(
-            discriminator, {"params": params, **model_state}, batch["image"]
-        )
-        made, model_state = trained(discriminator, {"params": params, **model_state}, fake)
-        loss = nn.softplus(-real).mean() + nn.softplus(made).mean()
-        metrics = {"real": nn.sigmoid(real).mean(), "fake": nn.sigmoid(made).mean()}
+    def make(params: Any) -> tuple[jax.Array, Any]:
+        return train(generator, {"params": params, **model_state}, noise)
+
+    fake, pull, statistics = jax.vjp(make, params, has_aux=True)
+
+    @jax.custom_vjp
+    def made(params: Any) -> tuple[jax.Array, Any]:
+        return fake, statistics
+
+    made.defvjp(lambda params: (made(params), None), lambda _, slopes: pull(slopes[0]))
+    return fake, made
+
+
+def discriminator_loss(discriminator: nn.Module) -> Callable[..., Any]:
+    """The discriminator's loss_fn, of a batch {"image", "fake"}, both (B, H, W, C) in (-1, 1):
+
+        - mean of ln D(image) - mean of ln (1 - D(fake)),   with - ln D = softplus(- logit)
+
+    Either is normalised over its own batch. The metrics are the means of D.
+    """
+
+    def loss_fn(params, model_state, batch, key):
+        real, model_state = train(discriminator, {"params": params, **model_state}, batch["image"])
+        fake, model_state = train(discriminator, {"params": params, **model_state}, batch["fake"])
+        loss = nn.softplus(-real).mean() + nn.softplus(fake).mean()
+        metrics = {"real": nn.sigmoid(real).mean(), "fake": nn.sigmoid(fake).mean()}
         return loss, (model_state, metrics)
 
     return loss_fn
 
 
-def generator_loss(generator: nn.Module, discriminator: nn.Module) -> Callable[..., Any]:
-    """The generator's loss_fn, - mean of ln D(G(z)), of a batch {"noise": (B, Z)} and the constant
-    `discriminator_variables` (whose statistics do not change).
+def generator_loss(discriminator: nn.Module) -> Callable[..., Any]:
+    """The generator's loss_fn, - mean of ln D(G(z)), the non-saturating one.
 
-    In one program with the discriminator's step and with the same noise, XLA makes the images once.
+    Its constants are `generate`, of the function of that name (so that no part of the batch can be
+    left out: no accumulation), and `judge`, the discriminator's variables, which do not change.
     """
 
-    def loss_fn(params, model_state, batch, key, *, discriminator_variables):
-        fake, model_state = trained(generator, {"params": params, **model_state}, batch["noise"])
-        logits, _ = trained(discriminator, discriminator_variables, fake)
+    def loss_fn(params, model_state, batch, key, *, generate: Generate, judge: Any):
+        fake, model_state = generate(params)
+        logits, _ = train(discriminator, judge, fake)
         return nn.softplus(-logits).mean(), (model_state, {})
 
     return loss_fn

@@ -24,8 +24,8 @@ def ours(row):
     }
     generator, discriminator = gan.Generator(28, (128, 64)), gan.Discriminator((64, 128))
     tx = optax.adam(2e-4, b1=0.5)
-    d_step = dlx.make_step(gan.discriminator_loss(generator, discriminator), tx)
-    g_step = dlx.make_step(gan.generator_loss(generator, discriminator), tx)
+    d_step = dlx.make_step(gan.discriminator_loss(discriminator), tx)
+    g_step = dlx.make_step(gan.generator_loss(discriminator), tx)
 
     def init(key):
         d, g = jax.random.split(key)
@@ -35,9 +35,10 @@ def ours(row):
         }
 
     def step(state, batch):
-        g = state["generator"]
-        d, _ = d_step(state["discriminator"], batch, generator_variables=g.variables)
-        g, metrics = g_step(g, batch, discriminator_variables=d.variables)
+        g, noise = state["generator"], batch["noise"]
+        fake, generate = gan.generate(generator, g.model_state, g.params, noise)
+        d, _ = d_step(state["discriminator"], {"image": batch["image"], "fake": fake})
+        g, metrics = g_step(g, {"noise": noise}, generate=generate, judge=d.variables)
         return {"discriminator": d, "generator": g}, {"loss": metrics["loss"]}
 
     def weights(state):
