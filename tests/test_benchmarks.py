@@ -17,6 +17,7 @@ def measured(row, *sides):
     return benchmarks.measure(row, config, tqdm(disable=True))
 
 
+@pytest.mark.slow
 def test_a_row():
     found = measured("mlp", "scan")
     assert set(found["sides"]) == {"flax", "dlx", "scan"}

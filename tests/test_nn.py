@@ -71,7 +71,11 @@ CONVOLUTIONS = [  # size, strides, padding, channels: all the forms there are
 
 @pytest.mark.parametrize(
     ("size", "strides", "padding", "channels", "chunk"),
-    [(*c, n) for i, c in enumerate(CONVOLUTIONS) for n in (1, conv.CHUNK)[: 1 + (i % 4 == 0)]],
+    [
+        pytest.param(*c, n, marks=[pytest.mark.slow] * (i > 4))
+        for i, c in enumerate(CONVOLUTIONS)
+        for n in (1, conv.CHUNK)[: 1 + (i % 4 == 0)]
+    ],
 )
 def test_convolution(size, strides, padding, channels, chunk, x64, monkeypatch):
     """Image by image and, of every fourth, all at once."""
