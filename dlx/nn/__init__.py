@@ -15,3 +15,4 @@ from dlx.nn.conv import Conv as Conv
 from dlx.nn.conv_transpose import ConvTranspose as ConvTranspose
 from dlx.nn.lowering import plain as plain
 from dlx.nn.pool import max_pool as max_pool
+from dlx.nn.recurrent import RNN as RNN
