@@ -130,7 +130,7 @@ def fit_seconds(case: cases.Ours, steps: int) -> float:
 
 def torch_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callable[[int], float]]:
     """(what to report, steps -> seconds)."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     from experiments.benchmarks import weights
 
