@@ -38,7 +38,8 @@ FILES = {  # everything a run writes: the folder's README, and all that --fresh 
     ".lock": "held by the process that trains here",
 }
 TITLE = "A run folder of dlx."  # README.txt's first line
-FREE = ("run.steps_per_call", "run.keep")  # may differ between a folder and its resumption
+# How the names begin that may differ between a folder and its resumption.
+FREE = ("run.steps_per_call", "run.keep", "sample.")
 
 
 # ---- the run folder ---------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def check_config(folder: Path, config: Mapping[str, Any], fresh: bool = False) -
     differ = [
         f"{k} {old.get(k, 'absent')} -> {new.get(k, 'absent')}"[:39]
         for k in {**old, **new}
-        if k.removeprefix("config.") not in FREE
+        if not k.removeprefix("config.").startswith(FREE)
         and k != "preset"
         and old.get(k, "absent") != new.get(k, "absent")
     ]
