@@ -11,7 +11,7 @@ import pytest
 import dlx
 from dlx import experiment as contract
 from dlx import feed, metrics, runs, sharding, writers
-from dlx.data import cifar10, mnist, ptb, shakespeare, text, tfds
+from dlx.data import cifar10, mnist, ptb, series, shakespeare, text, tfds
 from tests.test_contract import assert_same, recorded
 
 EXPERIMENTS = runs.experiments()
@@ -41,6 +41,15 @@ def splits(shape, train, classes=10):
         }
         for seed, (name, n) in enumerate(sizes.items())
     }
+
+
+def waves(name, train):
+    """A day's wave with noise, hour by hour."""
+    T, D = train + 128, 7 if name == "ett" else 1
+    noise = np.random.default_rng(0).normal(size=(T, D))
+    values = 3 + np.sin(np.arange(T) * 2 * np.pi / 24)[:, None] + 0.1 * noise
+    time = np.datetime64("2012-01-01T00", "h") + np.arange(T)
+    return series.Series(time, values, tuple("abcdefg"[:D]), (train, train + 64, T))
 
 
 class Examples:
@@ -73,6 +82,7 @@ def no_files(monkeypatch):
     def put(train):
         monkeypatch.setattr(mnist, "load", lambda name="mnist": splits((28, 28, 1), train))
         monkeypatch.setattr(cifar10, "load", lambda: splits((32, 32, 3), train))
+        monkeypatch.setattr(series, "load", lambda name: waves(name, train))
         monkeypatch.setattr(tfds, "source", lambda *name: Examples(train, 10))
         monkeypatch.setattr(shakespeare, "load", lambda: words(tuple(shakespeare.CHARACTERS)))
         numbered = (ptb.EOS, *map(str, range(1, ptb.WORDS)))
