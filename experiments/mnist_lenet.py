@@ -31,8 +31,8 @@ CARD = {
     "bar": {"value": 0.93, "source": "LeNet of the Theano tutorials, their text"},
     "reported": {"value": 0.8, "source": "with distortions", "status": "memory"},
     "time": "7 min",
-    "notes": "Trained at the lowest priority beside other work and paused for measurements: alone a "
-    "seed takes 7 minutes.",
+    "notes": "Trained at the lowest priority beside other work and paused for measurements: alone "
+    "a seed takes 7 minutes.",
     "presets": {
         "paper": {
             "data": "MNIST, 55,000 / 5,000 / 10,000 images, no augmentation",
