@@ -143,7 +143,7 @@ def experiment(
             found = task.load()
             first = found.part(name)[1] - len(made["whole"])
             n = min(len(made["whole"]), 10 * task.horizon)
-            bands: Any = sharding.fetch(shown(state, made["x"][-n:]))
+            bands = jax.tree.map(sharding.fetch, shown(state, made["x"][-n:]))
             start = first + len(made["whole"]) - n
             truth = task.decode(made["y"][-n:])[0][:, 0, -1]
             return plot(found.time[start:][:n], truth, bands, found.columns[task.columns - 1], name)

@@ -94,10 +94,15 @@ def parse(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray, tuple[str,
     """
     try:
         header, *rows = [row for row in csv.reader(content.decode().splitlines()) if row]
+        for i, row in enumerate(rows, 1):
+            if row[0].strip() in ("", "NaT"):
+                raise BadInput(f"{name} has no time in row {i}: give it one, or leave it out")
         time = np.array([row[0] for row in rows], np.datetime64)
         # An empty field is a value that is missing: `check` tells where.
         values = np.array([[float(x or "nan") for x in row[1:]] for row in rows])
         values = values.reshape(len(rows), len(header) - 1)
+    except BadInput:
+        raise
     except ValueError as e:
         raise BadInput(f"{name} is no table of times and numbers ({e}): mend it") from e
     check(time, values, name)
@@ -118,10 +123,12 @@ def check(time: np.ndarray, values: np.ndarray, name: str) -> None:
     """
     if len(time) < 3 or len(time) != len(values):
         raise BadInput(f"{name} has {len(time)} times and {len(values)} rows: it needs 3 or more")
+    if np.isnat(time).any():
+        raise BadInput(f"{name} has no time in row {int(np.isnat(time).argmax()) + 1}: give it one")
     steps = np.diff(time)
-    step = np.sort(steps)[len(steps) // 2]
-    wrong = np.isnat(time[1:]) | (steps != step) | (steps <= np.zeros_like(steps))
-    if wrong.any() or np.isnat(time[0]):
+    step = np.sort(steps)[len(steps) // 2]  # the usual one
+    wrong = (steps != step) | (steps <= np.zeros_like(steps))
+    if wrong.any():
         i = int(wrong.argmax())
         raise BadInput(
             f"{name}: {time[i + 1]} follows {time[i]} in row {i + 2} and the usual step is {step}: "
