@@ -48,6 +48,8 @@ def cut(logits: jax.Array, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
     -inf
     """
     V = logits.shape[-1]
+    if not 0 < top_k < V and top_p >= 1:
+        return logits
     order = jnp.argsort(-logits, axis=-1)  # (..., V) stable
     ranked = jnp.take_along_axis(logits, order, -1)
     if 0 < top_k < V:

@@ -149,7 +149,8 @@ def whole(
         if logits.dtype != jnp.float64:
             logits = logits.astype(jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, window[:, 1:])[0]  # (T,)
-        return jnp.where(jnp.arange(len(loss)) < n, loss, jnp.zeros_like(loss)).sum(), carried
+        counted = jnp.arange(len(loss), dtype=n.dtype) < n
+        return jnp.where(counted, loss, jnp.zeros_like(loss)).sum(), carried
 
     def evaluate(state: Any) -> dict[str, float]:
         read, params, total = tokens(), parameters(state), 0.0

@@ -14,6 +14,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -102,7 +103,7 @@ def build(config: Config) -> dlx.Experiment:
     epoch = config.run.steps // config.epochs
 
     def schedule(step):
-        late = jax.numpy.maximum(step // epoch + 1 - config.whole_epochs, 0)
+        late = jnp.maximum(step // epoch + 1 - config.whole_epochs, 0).astype(jnp.float32)
         return config.learning_rate * config.decay**late
 
     tx = optax.chain(
