@@ -11,7 +11,7 @@ import pytest
 import dlx
 from dlx import experiment as contract
 from dlx import feed, metrics, runs, sharding, writers
-from dlx.data import cifar10, mnist, ptb, series, shakespeare, text, tfds
+from dlx.data import bpe, cifar10, mnist, multi30k, ptb, series, shakespeare, text, tfds
 from tests.test_contract import assert_same, recorded
 
 EXPERIMENTS = runs.experiments()
@@ -52,6 +52,17 @@ def waves(name, train):
     return series.Series(time, values, tuple("abcdefg"[:D]), (train, train + 64, T))
 
 
+@functools.cache
+def captions(train):
+    """Sentences of numbers, in another order in the other language."""
+    random, out = np.random.default_rng(0), {}
+    for name, n in (("train", train), ("validation", 64), ("test", 64)):
+        lines = [random.integers(0, 30, k).tolist() for k in random.integers(2, 8, n)]
+        sides = {"en": lines, "de": [line[::-1] for line in lines]}
+        out[name] = {k: tuple(" ".join(map(str, x)) for x in v) for k, v in sides.items()}
+    return out
+
+
 class Examples:
     """What `tfds.source` gives, n examples of different sizes."""
 
@@ -83,6 +94,8 @@ def no_files(monkeypatch):
         monkeypatch.setattr(mnist, "load", lambda name="mnist": splits((28, 28, 1), train))
         monkeypatch.setattr(cifar10, "load", lambda: splits((32, 32, 3), train))
         monkeypatch.setattr(series, "load", lambda name: waves(name, train))
+        monkeypatch.setattr(multi30k, "load", lambda: captions(train))
+        monkeypatch.setattr(bpe.Vocabulary, "check", lambda self, digest, name: self)
         monkeypatch.setattr(tfds, "source", lambda *name: Examples(train, 10))
         monkeypatch.setattr(shakespeare, "load", lambda: words(tuple(shakespeare.CHARACTERS)))
         numbered = (ptb.EOS, *map(str, range(1, ptb.WORDS)))
