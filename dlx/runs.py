@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -263,9 +264,12 @@ def experiments() -> Sequence[str]:
 
 def find_experiment(name: str) -> Any:
     """The module of an experiment by its name."""
-    if not isinstance(name, str) or name not in experiments():
+    known = experiments()
+    if not isinstance(name, str) or name not in known:
+        near = difflib.get_close_matches(str(name), known, 2, 0.5)
+        hint = f" (is it {' or '.join(near)}?)" if near else ""
         raise BadInput(
-            f"experiment {name!r} is not among those here ({', '.join(experiments()) or 'none'}): "
-            "start in the checkout, or pass build and config_class"
+            f"experiment {name!r} is not among the {len(known)} here"
+            f"{hint}: start in the checkout, or pass build and config_class"
         )
     return importlib.import_module(f"experiments.{name}")

@@ -20,7 +20,8 @@ def main() -> None:
     for name in runs.experiments():
         c = card(name)
         sign = ">=" if c["higher_is_better"] else "<="
-        target = f"{c['metric']} {sign} {c['target']} {c['unit']}"
+        goal = "" if c["target"] is None else f" {sign} {c['target']}"
+        target = f"{c['metric']}{goal} {c['unit']}"
         rows.append((name, c["system"], c["paper"], c["data"], target, c["time"]))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:

@@ -89,8 +89,8 @@ def parse(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray, tuple[str,
     Raises:
       BadInput: it cannot be read, or `check` finds something.
 
-    >>> parse(b"year,a,b\\n1999,1,2\\n2000,3,4", "two")[1].tolist()
-    [[1.0, 2.0], [3.0, 4.0]]
+    >>> parse(b"year,a\\n1999,1\\n2000,3\\n2001,5", "three")[1].tolist()
+    [[1.0], [3.0], [5.0]]
     """
     try:
         header, *rows = [row for row in csv.reader(content.decode().splitlines()) if row]
