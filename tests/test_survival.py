@@ -719,7 +719,8 @@ def test_the_disk_fills_up(left, slow, disk, tmp_path):
     assert process.send(signal.SIGTERM)[0] == STOPPED
     process = Process(folder, SLOW, SLOW="data", GO=str(go)).wait_for("in data")
     before = states(folder, SLOW)
-    assert sorted(before) == [6]
+    (step,) = before
+    assert 6 - feed.AHEAD - 1 <= step <= 6  # batches are read ahead of the steps
     ballast = fill(disk, left)
     go.touch()
     code = process.end()
@@ -729,7 +730,7 @@ def test_the_disk_fills_up(left, slow, disk, tmp_path):
     assert "dlx/cli.py" not in process.output and "step  10/200" in process.output
     assert states(folder, SLOW) == before
     ballast.unlink()
-    assert f"resuming {folder} at step 6" in complete(folder, SLOW)
+    assert f"resuming {folder} at step {step}" in complete(folder, SLOW)
     assert_same(folder, SLOW, slow.expected)
 
 
