@@ -56,7 +56,7 @@ class Config:
     clip_norm: float = 1.0  # longest gradient
     ema: float = 0.999  # decay of the averaged parameters that are evaluated
     sample: generate.Sampling = generate.Sampling()  # noqa: RUF009
-    run: dlx.Run = dlx.Run(steps=7000, log_every=50, eval_every=1000, save_every=500)
+    run: dlx.Run = dlx.Run(steps=5000, log_every=50, eval_every=1000, save_every=500)
 
     def __post_init__(self):
         check_ranges(
