@@ -52,7 +52,9 @@ class Process:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", *command, "--workdir", str(folder), *more],
                 cwd=ROOT,
-                env=os.environ | {"JAX_COMPILATION_CACHE_DIR": CACHE} | environment,
+                env=os.environ
+                | {"JAX_COMPILATION_CACHE_DIR": CACHE, "PYTHONFAULTHANDLER": "1"}
+                | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -87,9 +89,13 @@ class Process:
         return self.end() == -signal.SIGKILL
 
     def end(self, timeout=240):
-        """Its exit code."""
+        """Its exit code; where it does not end, what its threads are at."""
         try:
             return self.popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.popen.send_signal(signal.SIGABRT)
+            self.popen.wait(10)
+            raise AssertionError(f"alive after {timeout} s:\n{self.output}") from None
         finally:
             self.popen.kill()
             self.popen.wait()
