@@ -104,20 +104,23 @@ def linear(
       train, test: as `dlx.data.series.windows` gives them.
       ridge: 0 or more.
     """
-    D, H = train["y"].shape[2], train["y"].shape[1]
+    W, D = weights(train, ridge), test["y"].shape[2]
+    return np.stack([_features(test["x"], d, D) @ W for d in range(D)], -1)  # (n, H, D)
+
+
+def weights(train: Mapping[str, np.ndarray], ridge: float) -> np.ndarray:
+    """The matrix of `linear`: rows for the L steps, the K known inputs, and 1; (L + K + 1, H)."""
+    D = train["y"].shape[2]
     whole = np.flatnonzero(train["whole"])
-
-    def features(x: np.ndarray, d: int) -> np.ndarray:
-        ones = np.ones((len(x), 1))
-        return np.concatenate([x[..., d], x[:, -1, D:], ones], 1).astype(np.float64)
-
     gram, cross = 0.0, 0.0
     for d in range(D):
-        X = features(train["x"][whole], d)
+        X = _features(train["x"][whole], d, D)
         gram, cross = gram + X.T @ X, cross + X.T @ train["y"][whole, :, d]
     penalty = np.eye(len(gram)) * ridge * len(whole) * D  # type: ignore[arg-type]
     penalty[-1, -1] = 0.0
-    W = np.linalg.lstsq(gram + penalty, cross, rcond=None)[0]  # (L + K + 1, H)
-    out = np.stack([features(test["x"], d) @ W for d in range(D)], -1)
-    assert out.shape == (len(test["x"]), H, D)
-    return out
+    return np.linalg.lstsq(gram + penalty, cross, rcond=None)[0]
+
+
+def _features(x: np.ndarray, d: int, D: int) -> np.ndarray:
+    ones = np.ones((len(x), 1))
+    return np.concatenate([x[..., d], x[:, -1, D:], ones], 1).astype(np.float64)

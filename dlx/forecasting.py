@@ -84,7 +84,7 @@ def experiment(
     batch_size: int,
     seed: int,
     rows: Callable[[], Mapping[str, np.ndarray]],
-    clip_norm: float | None = None,
+    start: Callable[[Any], Any] | None = None,
     eval_batch: int = 256,
 ) -> Experiment:
     """A network's forecasts of a part, and the rows beside it.
@@ -98,13 +98,16 @@ def experiment(
       batch_size: windows a step.
       seed: of their order.
       rows: {name: forecasts (n, H, D) of the test part, decoded}; computed once, at the test.
-      clip_norm: as `dlx.make_step`'s.
+      start: parameters as the model makes them -> those to start from; opens data if it likes.
       eval_batch: windows an evaluation takes at once.
     """
 
     def init(key: jax.Array, given: Any) -> Any:
         window = np.zeros((1, task.look_back, task.width), np.float32)
-        return train_state(key, model.init(key, window), tx)
+        variables = model.init(key, window)
+        if start is not None:
+            variables = variables | {"params": start(variables["params"])}
+        return train_state(key, variables, tx)
 
     def forecast(state: Any, x: jax.Array) -> tuple[Any, Any, Any]:
         mean, log_scale = predict(model.apply(state.variables, x))
@@ -154,7 +157,7 @@ def experiment(
     training = part(task.learn)
     return Experiment(
         init=init,
-        step=make_step(loss, tx, clip_norm=clip_norm),
+        step=make_step(loss, tx),
         data=arrays.batches(lambda: {k: training()[k] for k in "xy"}, batch_size, seed),
         evals={"validation": metrics.evaluator(measure, part("validation"), eval_batch)}
         if held

@@ -50,7 +50,7 @@ class Config:
     clip_norm: float = 1.0  # the gradient's largest norm
     ema: float = 0.995  # decay of the averaged parameters that are evaluated
     run: dlx.Run = dlx.Run(
-        steps=350 * 40, log_every=175, eval_every=350 * 4, save_every=350 * 4,
+        steps=350 * 30, log_every=175, eval_every=350 * 3, save_every=350 * 3,
         best=("validation/exact", "max"),
     )  # fmt: skip
 

@@ -49,15 +49,15 @@ class Config:
     dropout: float = 0.4  # rate of embedded tokens, annotations and the output layer
     label_smoothing: float = 0.1  # share of the target spread over all tokens
     batch_size: int = 128  # pairs a step
-    lengths: tuple[int, ...] = (14, 18, 24, 48)  # a step pads to one; longer are left out
+    lengths: tuple[int, ...] = (13, 16, 20, 26, 40)  # a step pads to one; longer are left out
     learning_rate: float = 1.5e-3  # Adam's, peak of a warm-up and cosine schedule
     clip_norm: float = 1.0  # the gradient's largest norm
     ema: float = 0.999  # decay of the averaged parameters that are evaluated
     beams: int = 8  # of the search
     alpha: float = 1.0  # how much the search favours the long
     run: dlx.Run = dlx.Run(
-        steps=226 * 40, log_every=113, eval_every=226 * 2, save_every=226 * 2,
-        picture_every=226 * 10, best=("validation/bleu", "max"),
+        steps=226 * 36, log_every=113, eval_every=226 * 2, save_every=226 * 2,
+        picture_every=226 * 12, best=("validation/bleu", "max"),
     )  # fmt: skip
 
     def __post_init__(self):

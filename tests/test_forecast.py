@@ -320,6 +320,23 @@ def test_an_ensemble_is_its_members(x64, promoting):
             assert np.abs(b).max() > 0  # every parameter learns
 
 
+def test_a_linear_part_that_is_given(x64, promoting):
+    """Every member then forecasts as `classical.linear` does, but for what its network adds."""
+    learn = series.windows(NOISY, 2, (0, 240), 5, 3)
+    test = series.windows(NOISY, 2, PART, 5, 3)
+    model = forecast.Ensemble(forecast.Forecaster(rnn.RNN(4), 3, 2), 2)
+    x = jnp.asarray(test["x"])
+    params = perturbed(model, x[:1])["params"]
+    found = forecast.with_linear(params, classical.weights(learn, 0.01))
+    fixed = jax.tree_util.tree_map_with_path(lambda path, _: forecast.is_linear(path), params)
+    assert sum(jax.tree.leaves(fixed)) == 2
+    jax.tree.map(lambda a, b, f: f or np.testing.assert_array_equal(a, b), found, params, fixed)
+    found["member"]["head"] = jax.tree.map(jnp.zeros_like, found["member"]["head"])
+    mean = jax.jit(model.apply)({"params": found}, x).mean
+    wanted = classical.linear(learn, test, 0.01)
+    np.testing.assert_allclose(mean, np.stack([wanted, wanted]), rtol=1e-9)
+
+
 def test_mixture_and_gaussian(x64):
     from scipy.stats import norm
 

@@ -155,6 +155,31 @@ def across(x: jax.Array, horizon: int, dtype: Any, name: str) -> jax.Array:
     return dense(x.swapaxes(1, 2)).swapaxes(1, 2)
 
 
+def with_linear(params: Any, weights: Any) -> Any:
+    """Parameters of a `Forecaster`, or an ensemble of them, whose linear part is a given one.
+
+    G. P. Zhang, "Time Series Forecasting Using a Hybrid ARIMA and Neural Network Model",
+    Neurocomputing 2003, section 3: a linear model first; the network learns what it leaves.
+
+    Args:
+      params: as `init` makes them.
+      weights: (L + 1, H), the last row is the vector w.
+    """
+    given = {"kernel": weights[:-1], "bias": weights[-1]}
+
+    def one(path: Any, leaf: jax.Array) -> jax.Array:
+        if not is_linear(path):
+            return leaf
+        return jnp.broadcast_to(jnp.asarray(given[path[-1].key], leaf.dtype), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def is_linear(path: Any) -> bool:
+    """Whether a parameter's path (of jax.tree_util) is in the linear part of a `Forecaster`."""
+    return len(path) > 1 and path[-2].key == "linear"
+
+
 def trend(x: jax.Array, kernel: int) -> jax.Array:
     """Mean of the `kernel` steps around each; beyond the ends the first and last values stand:
     (B, L, D) -> (B, L, D)."""

@@ -224,8 +224,8 @@ def translation(
         valid = within(batch["target_length"], nll.shape[1])
         smooth = (1 - label_smoothing) * nll + label_smoothing * uniform
         count = valid.sum().astype(nll.dtype)
-        loss, nll = (jnp.where(valid, x, jnp.zeros_like(x)).sum() / count for x in (smooth, nll))
-        return loss, (model_state, {"nll": nll, "weight": count})
+        loss, nll = (jnp.where(valid, x, jnp.zeros_like(x)).sum() for x in (smooth, nll))
+        return loss / count, (model_state, {"nll": (nll, count), "weight": count})
 
     return loss_fn
 
