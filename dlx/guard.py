@@ -291,20 +291,24 @@ def signals(whole_process: bool = False) -> Iterator[None]:
     def handler(number, frame):
         if jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)
-        elif not _received.is_set():
+        elif not (_received.is_set() or heard.is_set()):
             _received.set()
             raise Stopped(signal.Signals(number).name)
 
     def watch():
-        pending = 0
+        pending = raised = 0
         while True:
             # An exception is lost where Python ignores it: in a destructor, in a callback of the
-            # garbage collector, as JAX has one. Then the signal comes again, until it is heard.
-            if not select.select([read], [], [], 0.5 if pending else None)[0]:
-                if unsaved.is_set() and not heard.is_set():
+            # garbage collector, as JAX has one. Then the signal comes again, a second after the
+            # exception, until it is heard. While C++ holds the exception back nothing is lost.
+            if not select.select([read], [], [], 0.25 if pending else None)[0]:
+                raised = raised + 1 if _received.is_set() else 0
+                if not unsaved.is_set() or heard.is_set():
+                    pending = raised = 0
+                elif raised > 4:
+                    raised = 0
                     _received.clear()
                     os.kill(os.getpid(), pending)
-                pending = 0
                 continue
             byte = os.read(read, 1)[0]
             if not byte:

@@ -11,8 +11,14 @@ Why each form is faster, and by how much, stands in its file.
 from flax.linen import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
 from dlx.nn.activation import gelu as gelu
+from dlx.nn.attention import MultiHeadDotProductAttention as MultiHeadDotProductAttention
+from dlx.nn.attention import dot_product_attention as dot_product_attention
 from dlx.nn.conv import Conv as Conv
 from dlx.nn.conv_transpose import ConvTranspose as ConvTranspose
+from dlx.nn.dense import Dense as Dense
+from dlx.nn.dense import DenseGeneral as DenseGeneral
+from dlx.nn.dense import Embed as Embed
+from dlx.nn.layer_norm import LayerNorm as LayerNorm
 from dlx.nn.lowering import plain as plain
 from dlx.nn.pool import max_pool as max_pool
 from dlx.nn.recurrent import RNN as RNN

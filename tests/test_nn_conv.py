@@ -1,0 +1,76 @@
+"""Winograd's form of a convolution: flax's numbers, and flax's operations for other platforms."""
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlx import nn
+from dlx.nn import conv
+from tests.test_nn import assert_same, lowered, operations
+
+PADS = ["SAME", "VALID", ((2, 0), (0, 3)), ((0, 3), (4, 1))]
+
+
+@pytest.mark.parametrize(
+    ("padding", "size", "chunk"),
+    [
+        pytest.param(p, s, c, marks=[pytest.mark.slow] * (i + j + (c > 1) > 1))
+        for i, p in enumerate(PADS)
+        for j, s in enumerate([(7, 9), (4, 4), (3, 5)])
+        for c in (1, conv.CHUNK)
+    ],
+)
+def test_winograd(padding, size, chunk, x64, monkeypatch):
+    """Heights that four divides and does not, image by image and all at once."""
+    monkeypatch.setattr(conv, "CHUNK", chunk)
+    monkeypatch.setattr(conv, "MANY", 17)
+    monkeypatch.setattr(conv, "ROWS", 1)
+    x = jax.random.normal(jax.random.key(0), (3, *size, 17), jnp.float64)
+    k = jax.random.normal(jax.random.key(1), (3, 3, 17, 18), jnp.float64)
+    convolutions = [
+        lambda x, k, f=f: f(x, k, (1, 1), padding, dimension_numbers=conv.LAYOUT)
+        for f in (conv.conv_general_dilated, jax.lax.conv_general_dilated)
+    ]
+    assert_same(*convolutions, x, k)
+
+
+def test_single_precision():
+    """The matrices' numbers, up to 8, cost a digit at most."""
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 128))
+    k = jax.random.normal(jax.random.key(1), (3, 3, 128, 128)) / 34
+    with jax.enable_x64(True):
+        exact = jnp.asarray(x, jnp.float64), jnp.asarray(k, jnp.float64)
+        wanted = jax.lax.conv_general_dilated(
+            exact[0], exact[1], (1, 1), "SAME", dimension_numbers=conv.LAYOUT
+        )
+    found = conv._winograd(x, k, ((1, 1), (1, 1)), 2)
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(np.asarray(wanted)).max())
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_where_it_is_used(scan, monkeypatch):
+    """On a CPU alone: a product of six in place of the convolution, forward and for the input."""
+    monkeypatch.setattr(conv, "MANY", 17)
+    monkeypatch.setattr(conv, "ROWS", 16)
+    layers = [m.Conv(34, (3, 3)) for m in (nn, linen)]
+    for platform in ("tpu", "cuda"):
+        ours, flax = (lowered(layer, platform, scan) for layer in layers)
+        assert operations(ours) == operations(flax) != []
+        assert "barrier" not in ours
+    assert not any("convolution" in line for line in operations(lowered(layers[0], "cpu", scan)))
+
+
+def test_where_it_pays():
+    """Not for few channels, other strides or sizes, or a few rows; as many images as divide."""
+
+    def few(B, H, C, O=256, size=3, stride=1, pad=1):  # noqa: E741
+        return conv._at_once(
+            (B, H, H, C), (size, size, C, O), (stride, stride), ((pad, pad), (pad, pad))
+        )
+
+    assert few(64, 4, 512) == 32 and few(64, 8, 256) == 16 and few(8, 7, 512) == 8
+    assert few(61, 4, 256) == 61 and few(331, 4, 512) == 0  # a prime: one image at a time
+    assert few(64, 4, 255) == few(64, 4, 256, 255) == few(64, 4, 256, pad=-1) == 0
+    assert few(64, 4, 256, stride=2) == few(64, 4, 256, size=5) == few(1, 4, 512) == 0
