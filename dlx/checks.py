@@ -23,6 +23,7 @@ def check(experiment: Experiment, run: Run, given: Any, mesh: Any) -> tuple[Any,
     abstract = sharding.place(abstract, mesh, experiment.rules)
     batch = sharding.whole(feed.first(experiment, mesh), mesh)
     size = sharding.check_batch(batch, mesh)
+    batch = sharding.placed(batch, mesh)
     empty = _check_step(experiment, abstract, batch)
     for name, measure in experiment.evals.items():
         if name in ("train", "test", "timing"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -76,6 +77,8 @@ def fit(
     (3.0, [10, 20])
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
+    # Traced once, by the check: the calls that it becomes a part of find it traced.
+    experiment = experiment._replace(step=jax.jit(functools.partial(experiment.step)))
     # Before a folder is taken or erased:
     checked = processes.agreed(lambda: checks.check(experiment, run, given, mesh))
     around = jax.sharding.get_mesh()
@@ -227,7 +230,7 @@ def _train(
             # the donated state; `map` into a slice stays within C, where no interrupt comes, as
             # long as what goes in and out is lists of arrays.
             guard.unsaved.set()
-            with trace, jax.transfer_guard("disallow"):
+            with trace, jax.transfer_guard_host_to_device("disallow"):
                 box[:] = map(several if k > 1 else single, *((x,) for x in box[0]), (batch,))
             ahead = [*ahead[1:], box[0][1][-1]]  # the position after each: it is not donated
             done += k
