@@ -230,7 +230,7 @@ def _train(
             # the donated state; `map` into a slice stays within C, where no interrupt comes, as
             # long as what goes in and out is lists of arrays.
             guard.unsaved.set()
-            with trace, jax.transfer_guard_host_to_device("disallow"):
+            with trace, _nothing_from_the_host():
                 box[:] = map(several if k > 1 else single, *((x,) for x in box[0]), (batch,))
             ahead = [*ahead[1:], box[0][1][-1]]  # the position after each: it is not donated
             done += k
@@ -278,6 +278,14 @@ def _train(
         if saver is not None:
             saver.close()
         guard.unsaved.clear()
+
+
+@contextlib.contextmanager
+def _nothing_from_the_host() -> Iterator[None]:
+    """What a step takes is on the devices, or it is an error. A generator, so that the guard ends
+    with it where an interrupt comes just as the `with` does."""
+    with jax.transfer_guard_host_to_device("disallow"):
+        yield
 
 
 # ---- Before and after --------------------------------------------------------------------------
