@@ -3,11 +3,14 @@
 import importlib.util
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tqdm import tqdm
 
 from experiments.benchmarks import __main__ as benchmarks
+from experiments.benchmarks import overhead, worker
 
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
 
@@ -19,9 +22,12 @@ def measured(row, *sides):
 
 @pytest.mark.slow
 def test_a_row():
-    found = measured("mlp", "scan")
-    assert set(found["sides"]) == {"flax", "dlx", "scan"}
-    for side in found["sides"].values():
+    found = measured("mlp", "scan", "fit", "constant")
+    assert set(found["sides"]) == {"flax", "dlx", "scan", "fit", "constant"}
+    assert found["end_to_end"]["median"] > 0
+    for name, side in found["sides"].items():
+        if name in worker.LOOPS:
+            continue
         np.testing.assert_allclose(
             side["losses"][0], found["sides"]["flax"]["losses"][0], rtol=1e-6
         )
@@ -56,6 +62,92 @@ def test_what_there_is_not(words, monkeypatch):
     monkeypatch.setattr("sys.argv", ["benchmarks", *words])
     with pytest.raises(SystemExit, match=f"{words[1]!r} is none of"):
         benchmarks.main()
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """What a turn of a side hands to the loop: (init, step, data, steps)."""
+    found = []
+    monkeypatch.setattr(overhead, "fit_seconds", lambda *what: found.append(what) or 1.0)
+
+    def of(case, fresh):
+        assert worker.loop_seconds(case, fresh, 5) == 1.0
+        return found[-1]
+
+    return of
+
+
+@pytest.mark.parametrize("row", ["mlp", "lenet", "resnet50"])
+def test_the_side_fit_reads_and_the_side_constant_does_not(captured, row):
+    case = worker.rows()[row].ours(row)
+    _, _, data, _ = captured(case, True)
+    stream = data(0, lambda n: slice(0, n))
+    first, second = next(stream), next(stream)
+    stream.close()
+    for k, x in case.batch.items():
+        assert first[k].shape == x.shape and first[k].dtype == x.dtype
+        assert not np.array_equal(first[k], second[k])
+    _, _, data, _ = captured(case, False)
+    stream = data(0, lambda n: slice(0, n))
+    assert next(stream) is next(stream) is case.batch
+
+
+@pytest.mark.parametrize("row", ["mlp", "lenet", "cnn", "resnet18"])
+def test_the_side_fit_augments_anew_each_step(captured, row):
+    """As the model's experiment does. The model is put aside: its "metrics" are what it sees."""
+    case = worker.rows()[row].ours(row)
+    case = case._replace(init=lambda key: (), step=lambda state, batch: (state, batch["image"]))
+    for fresh in (True, False):
+        init, step, _, _ = captured(case, fresh)
+        state, one = step(init(jax.random.key(0)), case.batch)
+        _, two = step(state, case.batch)
+        augmented = fresh and row != "mlp"
+        assert one.shape == case.batch["image"].shape
+        assert np.array_equal(one, case.batch["image"]) != augmented
+        assert np.array_equal(one, two) != augmented
+
+
+def test_seconds_of_the_loop():
+    """They are counted when it has compiled: from the ask for one batch to that for another."""
+    compiled, asked = [], []
+
+    def step(w, batch):
+        compiled.append(len(asked))  # when it is traced
+        return w + batch["x"].mean(), {"w": w}
+
+    def data(first_step, rows):
+        while True:
+            asked.append(1)
+            yield {"x": np.ones(8, np.float32)}
+
+    assert overhead.fit_seconds(lambda key: jnp.zeros(()), step, data, 12, steps_per_call=4) > 0
+    assert len(asked) == 1 + 4 * overhead.FIRST + 12  # one for its shapes
+    assert compiled == [1]
+
+
+def test_what_the_loop_adds():
+    """Round by round, medians beside what is allowed."""
+    found = benchmarks.added({
+        "import jax": [1.0] * 3, "import dlx": [1.2] * 3, "from dlx import *": [1.3] * 3,
+        "first step": [2.0, 3.0, 4.0], "bare, K=1": [1e-4, 2e-4, 9e-4],
+        "fit, K=1": [2e-4, 4e-4, 12e-4], "bare, K=32": [2.0] * 3, "fit, K=32": [2.5] * 3,
+    })  # fmt: skip
+    assert found["loop_us_k1"]["median"] == 200
+    assert found["loop_ratio_k32"]["median"] == 1.25
+    assert found["import_ratio"]["median"] == 1.2 and found["first_step_ratio"]["median"] == 3
+    end = {"median": 0.98, "low": 0.96, "high": 1.01}
+    shown = benchmarks.table({"overhead": found, "rows": {"mlp": {"end_to_end": end}, "rbm": {}}})
+    assert len(shown.splitlines()) == 6
+    for words in ("200 (100 to 300)   at most 250", "0.98 (0.96 to 1.01)   at least 0.97"):
+        assert words in shown
+    json.dumps(found)
+
+
+@pytest.mark.slow
+def test_overhead():
+    found = benchmarks.overheads(1)
+    assert benchmarks.added(found)["seconds"].keys() == found.keys()
+    assert all(t > 0 for times in found.values() for t in times)
 
 
 def test_intervals():

@@ -30,13 +30,14 @@ from tqdm import tqdm
 from experiments.benchmarks import worker
 
 HERE = Path(__file__).parent
+OVERHEAD = "overhead"  # beside the rows: what the loop adds to a step, and dlx to a start
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The speed of a training step, dlx beside plain flax.linen and PyTorch."""
 
-    rows: tuple[str, ...] = ()  # only these; none: all
+    rows: tuple[str, ...] = ()  # only these; none: all, and "overhead"
     sides: tuple[str, ...] = tuple(worker.SIDES)  # only these
     rounds: int = 9  # turns of each side
     seconds: float = 1.0  # a turn lasts about so long
@@ -86,6 +87,17 @@ def interval(ratios: np.ndarray) -> tuple[float, float]:
     return round(float(low), 3), round(float(high), 3)
 
 
+def ratio(a: Any, b: Any) -> dict[str, float]:
+    """Of the seconds of two sides, round by round."""
+    return median(np.array(a) / np.array(b))
+
+
+def median(values: np.ndarray, digits: int = 3) -> dict[str, float]:
+    """With its interval."""
+    low, high = interval(values)
+    return {"median": round(float(np.median(values)), digits), "low": low, "high": high}
+
+
 def limit() -> float:
     """FLOP/s of this machine's matrix product in float32, the best of some."""
     a = np.random.default_rng(0).normal(size=(2048, 2048)).astype(np.float32)
@@ -119,7 +131,7 @@ def measure(row: str, config: Config, bar: Any) -> dict[str, Any]:
     wanted = np.array(running["flax"].report["losses"][:2])
     for name, side in running.items():
         found = np.array(side.report["losses"][:2])
-        if name != "fit" and not np.allclose(found, wanted, rtol=1e-4, atol=0):
+        if name not in worker.LOOPS and not np.allclose(found, wanted, rtol=1e-4, atol=0):
             out["refused"] = f"the first losses are {found} ({name}) and {wanted} (flax)"
     if "refused" not in out:
         times = {name: [] for name in running}
@@ -141,16 +153,56 @@ def measure(row: str, config: Config, bar: Any) -> dict[str, Any]:
                 "seconds": float(np.median(t)), "all": [round(x, 6) for x in t],
                 "flops_per_second": flops / float(np.median(t)),
             }  # fmt: skip
-            ratios = t / np.array(times["dlx"])  # how many times faster dlx is
-            low, high = interval(ratios)
-            out["ratios"][name] = {
-                "median": round(float(np.median(ratios)), 3),
-                "low": low,
-                "high": high,
-            }
+            out["ratios"][name] = ratio(times[name], times["dlx"])  # how many times faster dlx is
+        if {*worker.LOOPS} <= times.keys():
+            out["end_to_end"] = ratio(times["constant"], times["fit"])
     for side in running.values():
         side.close()
     return out
+
+
+def overheads(rounds: int) -> dict[str, list[float]]:
+    """{what: the seconds of each round}."""
+    words = [sys.executable, "-m", "experiments.benchmarks.overhead", str(rounds)]
+    around = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        words, stdout=subprocess.PIPE, text=True, check=True, env=around, cwd=HERE.parents[1]
+    )
+    return json.loads(done.stdout)
+
+
+def added(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """What dlx adds to a step and to a start, of the seconds that `overhead` took."""
+    times = {name: np.array(t) for name, t in seconds.items()}
+    jax = times["import jax"]
+    return {
+        "loop_us_k1": median(1e6 * (times["fit, K=1"] - times["bare, K=1"]), 1),
+        "loop_ratio_k32": ratio(times["fit, K=32"], times["bare, K=32"]),
+        "import_ratio": ratio(times["import dlx"], jax),
+        "import_all_ratio": ratio(times["from dlx import *"], jax),
+        "first_step_ratio": ratio(times["first step"], jax),
+        "seconds": {name: float(np.median(t)) for name, t in times.items()},
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """What was found of the loop, beside what it may be."""
+    lines = []
+
+    def line(what: str, found: dict[str, float], bound: str) -> None:
+        shown = f"{found['median']:g} ({found['low']:g} to {found['high']:g})"
+        lines.append(f"{what:52}{shown:>28}   {bound}".rstrip())
+
+    if found := record.get(OVERHEAD):
+        line("the loop adds to a step, us", found["loop_us_k1"], "at most 250")
+        line("32 steps in a call, of a bare loop's time", found["loop_ratio_k32"], "at most 1.5")
+        line("import dlx, of import jax", found["import_ratio"], "at most 1.5")
+        line("from dlx import *, of import jax", found["import_all_ratio"], "")
+        line("first step of digits_cnn, of import jax", found["first_step_ratio"], "at most 4")
+    for row, result in record["rows"].items():
+        if "end_to_end" in result:
+            line(f"{row}, data read, of one batch's speed", result["end_to_end"], "at least 0.97")
+    return "\n".join(lines)
 
 
 def compared(record: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -205,13 +257,13 @@ def chart(record: dict[str, Any], path: Path) -> None:
 def main() -> None:
     config = tyro.cli(Config)
     known = worker.rows()
-    unknown = [r for r in config.rows if r not in known]
+    unknown = [r for r in config.rows if r not in (*known, OVERHEAD)]
     if unknown:
-        raise SystemExit(f"rows {unknown[0]!r} is none of {', '.join(known)}")
+        raise SystemExit(f"rows {unknown[0]!r} is none of {', '.join(known)}, {OVERHEAD}")
     unknown = [s for s in config.sides if s not in worker.SIDES]
     if unknown:
         raise SystemExit(f"sides {unknown[0]!r} is none of {', '.join(worker.SIDES)}")
-    rows = config.rows or tuple(known)
+    rows = config.rows or (OVERHEAD, *known)
     record: dict[str, Any] = {
         "command": "python -m experiments.benchmarks",
         "date": datetime.date.today().isoformat(),
@@ -222,6 +274,10 @@ def main() -> None:
     }
     with tqdm(rows, unit="row") as bar:
         for row in bar:
+            if row == OVERHEAD:
+                bar.set_postfix_str(row)
+                record[row] = added(overheads(config.rounds))
+                continue
             result = measure(row, config, bar)
             record["rows"][row] = {"what": known[row].ROWS[row]} | result
             line = [f"{row:12s}"]
@@ -229,7 +285,9 @@ def main() -> None:
             bar.write("  ".join(line) + result.get("refused", ""))
     record["limit"] = max(record["limit"], limit())
     (config.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    chart(record, config.out / "chart.png")
+    if record["rows"]:
+        chart(record, config.out / "chart.png")
+    print(table(record))
     for side, mean in means(record).items():
         print(f"dlx is {mean:.2f} times as fast as {side} (geometric mean)")
 

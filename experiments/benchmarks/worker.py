@@ -8,6 +8,7 @@ that one of them took. `FOLDER` holds the weights to start from; the side "flax"
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -20,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks import cases
+from experiments.benchmarks import cases, overhead
 
 SIDES = {
     "dlx": "dlx, the state donated",
     "scan": "dlx, 4 steps in a call",
-    "fit": "dlx, the whole loop, batches read from arrays",
+    "fit": "dlx, the whole loop, batches read and augmented as in an experiment",
+    "constant": "dlx, the whole loop, the same batch again and again",
     "flax": "the same model in plain flax.linen under jax.jit",
     "eager": "PyTorch",
     "channels-last": "PyTorch, torch.channels_last",
@@ -33,6 +35,7 @@ SIDES = {
 }
 SCANNED = 4
 CHECKED = 3  # losses compared
+LOOPS = ("fit", "constant")
 
 
 def rows() -> dict[str, Any]:
@@ -58,7 +61,7 @@ def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callabl
     from dlx import nn, summary
 
     # Compilations are timed; the loop compiles anew in each turn, and that is not.
-    jax.config.update("jax_enable_compilation_cache", side == "fit")
+    jax.config.update("jax_enable_compilation_cache", side in LOOPS)
     case = rows()[row].ours(row)
     report: dict[str, Any] = {"version": f"jax {jax.__version__}"}
     with nn.plain(side == "flax"):
@@ -77,8 +80,8 @@ def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callabl
         program.lower(state, batch).compile()
         report["compile_seconds"] = time.perf_counter() - start
 
-    if side == "fit":
-        return report | {"losses": []}, lambda steps: fit_seconds(case, steps)
+    if side in LOOPS:
+        return report | {"losses": []}, lambda steps: loop_seconds(case, side == "fit", steps)
 
     def run(steps: int) -> float:
         nonlocal state
@@ -107,25 +110,29 @@ def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callabl
     return report, run
 
 
-def fit_seconds(case: cases.Ours, steps: int) -> float:
-    """Seconds a step of `dlx.fit`, from when it asks for one batch to when it asks for a later."""
-    import dlx
-    from dlx import feed
+def loop_seconds(case: cases.Ours, fresh: bool, steps: int) -> float:
+    """Seconds a step of `dlx.fit`. fresh: each batch is read and augmented; else all are one."""
+    import jax
+    import jax.numpy as jnp
+
     from dlx.data import arrays
 
-    asked: list[float] = []
-    data = {k: np.concatenate([x] * 4) for k, x in case.batch.items()}
-    read = arrays.batches(data, len(next(iter(case.batch.values()))), seed=0)
+    def init(key: Any) -> Any:
+        return case.init(key), jnp.int32(0)
 
-    def batches(first_step: int, rows: Any) -> Any:
-        for batch in read(first_step, rows):
-            asked.append(time.perf_counter())
-            yield batch
+    def step(state: Any, batch: Any) -> Any:
+        inner, i = state
+        if fresh and case.augment is not None:
+            batch = case.augment(jax.random.fold_in(jax.random.key(0), i), batch)
+        inner, metrics = case.step(inner, batch)
+        return (inner, i + 1), metrics
 
-    first = 2 * feed.AHEAD  # from then on the loop is what is waited for
-    experiment = dlx.Experiment(lambda key, given: case.init(key), case.step, batches)
-    dlx.fit(experiment, dlx.Run(steps=first + steps), writers=[])
-    return (asked[first + steps - 1] - asked[first - 1]) / steps
+    size = len(next(iter(case.batch.values())))
+    examples = {k: np.concatenate([x] * 4) for k, x in case.batch.items()}
+    data: Any = lambda first_step, rows: itertools.repeat(case.batch)  # noqa: E731
+    if fresh:
+        data = case.data or arrays.batches(examples, size, seed=0)
+    return overhead.fit_seconds(init, step, data, steps)
 
 
 def torch_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callable[[int], float]]:
@@ -176,7 +183,7 @@ def peak_mb() -> float:
 def main() -> None:
     side, row, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     answer, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
-    kind = jax_side if side in ("dlx", "scan", "fit", "flax") else torch_side
+    kind = jax_side if side in ("dlx", "scan", *LOOPS, "flax") else torch_side
     report, run = kind(side, row, folder)
     print(json.dumps(report), file=answer, flush=True)
     for line in sys.stdin:

@@ -21,12 +21,17 @@ from typing import Any, NamedTuple
 
 class Ours(NamedTuple):
     """init(key) -> state; step(state, batch) -> (state, {"loss": ...}); batch; and
-    weights(state) -> {"params": ..., other collections}, for PyTorch's networks to start from."""
+    weights(state) -> {"params": ..., other collections}, for PyTorch's networks to start from.
+
+    For the side "fit": augment(key, batch) -> batch, as the model's experiment has it; and data, as
+    an Experiment has it, where its batches are not read from arrays."""
 
     init: Callable[..., Any]
     step: Callable[..., Any]
     batch: dict[str, Any]
     weights: Callable[..., Any] = lambda state: {"params": state.params} | state.model_state
+    augment: Callable[..., Any] | None = None
+    data: Callable[..., Any] | None = None
 
 
 class Theirs(NamedTuple):

@@ -9,10 +9,12 @@ ROWS = {
 
 
 def ours(row):
+    import jax
     import numpy as np
     import optax
 
     import dlx
+    from dlx.data import images
     from dlx.models import cnn
     from dlx.nn import losses
 
@@ -27,7 +29,16 @@ def ours(row):
     def init(key):
         return dlx.train_state(key, model.init(key, batch["image"]), tx)
 
-    return Ours(init, dlx.make_step(losses.classification(model), tx), batch)
+    def augment(key, batch):
+        if row == "lenet":
+            image = images.affine(key, batch["image"], degrees=12, scale=0.12, shift=2)
+        else:
+            mirrored, moved = jax.random.split(key)
+            image = images.crop(moved, images.flip(mirrored, batch["image"]), 2)
+        return batch | {"image": image}
+
+    step = dlx.make_step(losses.classification(model), tx)
+    return Ours(init, step, batch, augment=augment)
 
 
 def theirs(row, wrap):

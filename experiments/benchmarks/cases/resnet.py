@@ -1,5 +1,8 @@
 """Residual networks, stochastic gradient descent with momentum."""
 
+import functools
+import io
+
 from experiments.benchmarks.cases import Ours, Theirs
 
 ROWS = {
@@ -10,10 +13,12 @@ SIZES = {"resnet18": (64, 32, 10), "resnet50": (8, 224, 1000)}  # batch, height 
 
 
 def ours(row):
+    import jax
     import numpy as np
     import optax
 
     import dlx
+    from dlx.data import images, stream
     from dlx.models import resnet
     from dlx.nn import losses
 
@@ -30,7 +35,42 @@ def ours(row):
     def init(key):
         return dlx.train_state(key, model.init(key, batch["image"]), tx)
 
-    return Ours(init, dlx.make_step(losses.classification(model), tx), batch)
+    def augment(key, batch):
+        mirrored, moved = jax.random.split(key)
+        image = images.flip(mirrored, batch["image"])
+        return batch | {"image": images.crop(moved, image, 4) if row == "resnet18" else image}
+
+    data = None
+    if row == "resnet50":
+        data = stream.batches(photographs(4 * B, random), B, 0, functools.partial(crop, size=H))
+    step = dlx.make_step(losses.classification(model), tx)
+    return Ours(init, step, batch, augment=augment, data=data)
+
+
+def photographs(n, random):
+    """n JPEG files of 500 x 375 pixels, in memory."""
+    from PIL import Image
+
+    def one():
+        colours = random.integers(0, 256, (24, 32, 3)).astype("uint8")
+        file = io.BytesIO()
+        Image.fromarray(colours).resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG")
+        return {"image": file.getvalue(), "label": int(random.integers(1000))}
+
+    return [one() for _ in range(n)]
+
+
+def crop(example, rng, size):
+    """A photograph, read; some part of it, made size x size."""
+    import numpy as np
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(example["image"])).convert("RGB")
+    side = int(rng.integers(128, 376))
+    left, top = int(rng.integers(501 - side)), int(rng.integers(376 - side))
+    box = (left, top, left + side, top + side)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+    return {"image": np.asarray(image, np.float32) / 255, "label": np.int32(example["label"])}
 
 
 def theirs(row, wrap):
