@@ -138,9 +138,9 @@ def measure(row: str, config: Config, bar: Any) -> dict[str, Any]:
         steps = {}
         for name, side in running.items():
             bar.set_postfix_str(f"{row}: {name} warms up")
-            side.seconds(worker.SCANNED)
-            turn = config.seconds / side.seconds(worker.SCANNED) / worker.SCANNED
-            steps[name] = worker.SCANNED * max(1, round(turn))
+            least = {"scan": worker.SCANNED}.get(name, 2 if name in worker.LOOPS else 1)
+            turn = config.seconds / side.seconds(least) / least
+            steps[name] = least * max(1, round(turn))
         for i in range(config.rounds):
             bar.set_postfix_str(f"{row}: round {i + 1} of {config.rounds}")
             order = list(running)
@@ -283,10 +283,11 @@ def main() -> None:
             line = [f"{row:12s}"]
             line += [f"{k} {v['median']:.2f}" for k, v in result["ratios"].items() if k != "dlx"]
             bar.write("  ".join(line) + result.get("refused", ""))
-    record["limit"] = max(record["limit"], limit())
+            record["limit"] = max(record["limit"], limit())
+            # After each: it takes the better part of an hour, and Ctrl-C leaves what is there.
+            (config.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+            chart(record, config.out / "chart.png")
     (config.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    if record["rows"]:
-        chart(record, config.out / "chart.png")
     print(table(record))
     for side, mean in means(record).items():
         print(f"dlx is {mean:.2f} times as fast as {side} (geometric mean)")
