@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dlx import memory
+
 if TYPE_CHECKING:
     from dlx.cli import main as main
     from dlx.errors import BadInput as BadInput
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from dlx.step import train_state as train_state
 
 __version__ = "0.1.0"
+
+memory.keep()
 
 # Opened when first used: `import dlx` costs little more than `import jax`.
 _HOME = {

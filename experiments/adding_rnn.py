@@ -17,10 +17,11 @@ import numpy as np
 import optax
 
 import dlx
-from dlx import compare, metrics, nn
+from dlx import metrics, nn
 from dlx.data import generated
 from dlx.errors import check_ranges
 from dlx.models import rnn
+from dlx.tasks import compare
 
 CARD = {
     "system": "LSTM; GRU and Elman network beside it",

@@ -16,10 +16,10 @@ import numpy as np
 import optax
 
 import dlx
-from dlx import translation
 from dlx.data import addition, pairs
 from dlx.errors import check_ranges
 from dlx.models import seq2seq
+from dlx.tasks import translation
 
 CARD = {
     "system": "sequence to sequence with attention",

@@ -16,10 +16,10 @@ import jax
 import optax
 
 import dlx
-from dlx import classifier
 from dlx.data import cifar10, images
 from dlx.errors import check_ranges
 from dlx.models import resnet
+from dlx.tasks import classifier
 
 CARD = {
     "system": "ResNet-20",

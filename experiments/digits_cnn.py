@@ -14,10 +14,10 @@ import numpy as np
 import optax
 
 import dlx
-from dlx import classifier
 from dlx.data import digits, images
 from dlx.errors import check_ranges
 from dlx.models import cnn
+from dlx.tasks import classifier
 
 CARD = {
     "system": "CNN",

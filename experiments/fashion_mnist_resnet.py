@@ -15,10 +15,10 @@ import jax
 import optax
 
 import dlx
-from dlx import classifier
 from dlx.data import images, mnist
 from dlx.errors import check_ranges
 from dlx.models import resnet
+from dlx.tasks import classifier
 
 CARD = {
     "system": "ResNet-20",

@@ -21,10 +21,10 @@ import optax
 from PIL import Image
 
 import dlx
-from dlx import classifier
 from dlx.data import images, stream, tfds
 from dlx.errors import check_ranges
 from dlx.models import resnet
+from dlx.tasks import classifier
 
 CARD = {
     "system": "ResNet-50",

@@ -15,10 +15,10 @@ from typing import Any
 import optax
 
 import dlx
-from dlx import classifier
 from dlx.data import images, mnist
 from dlx.errors import check_ranges
 from dlx.models import cnn
+from dlx.tasks import classifier
 
 CARD = {
     "system": "LeNet-5",

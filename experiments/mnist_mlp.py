@@ -14,10 +14,10 @@ from typing import Any
 import optax
 
 import dlx
-from dlx import classifier
 from dlx.data import images, mnist
 from dlx.errors import check_ranges
 from dlx.models import mlp
+from dlx.tasks import classifier
 
 CARD = {
     "system": "MLP",

@@ -15,10 +15,10 @@ import functools
 import optax
 
 import dlx
-from dlx import translation
 from dlx.data import bpe, multi30k, pairs
 from dlx.errors import check_ranges
 from dlx.models import seq2seq
+from dlx.tasks import translation
 
 CARD = {
     "system": "sequence to sequence with attention",

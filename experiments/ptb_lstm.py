@@ -19,10 +19,10 @@ import numpy as np
 import optax
 
 import dlx
-from dlx import generate, language
 from dlx.data import ptb
 from dlx.errors import check_ranges
 from dlx.models import ngram, rnn
+from dlx.tasks import generate, language
 
 CARD = {
     "system": "LSTM, words, small",

@@ -16,10 +16,10 @@ import numpy as np
 import optax
 
 import dlx
-from dlx import classical, forecasting
 from dlx.data import series
 from dlx.errors import check_ranges
 from dlx.models import forecast, rnn
+from dlx.tasks import classical, forecasting
 
 CARD = {
     "system": "LSTM ensemble",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dlx
-from dlx import beam
+from dlx.tasks import beam
 
 B, V, L, END = 3, 4, 4, 2
 

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 import dlx
-from dlx import classical, forecasting
 from dlx.data import files, series
 from dlx.models import forecast, rnn
+from dlx.tasks import classical, forecasting
 
 RANDOM = np.random.default_rng(0)
 HOURS = np.datetime64("2012-01-01T00:00:00") + np.arange(300) * np.timedelta64(1, "h")

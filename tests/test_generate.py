@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import dlx
-from dlx import generate
 from dlx.models import rnn
+from dlx.tasks import generate
 
 P = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
 

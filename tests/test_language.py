@@ -11,9 +11,10 @@ import optax
 import pytest
 
 import dlx
-from dlx import compare, generate, guard, language, loop, sharding
+from dlx import guard, loop, sharding
 from dlx.data import text
 from dlx.models import rnn
+from dlx.tasks import compare, generate, language
 from experiments import adding_rnn, copy_rnn, ptb_lstm, shakespeare_lstm
 
 V, B, T = 7, 8, 5

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import dlx
-from dlx import translation
 from dlx.data import addition, bpe, multi30k, pairs
 from dlx.models import seq2seq
+from dlx.tasks import translation
 from experiments import addition_seq2seq, multi30k_seq2seq
 
 S, T, D, H = 5, 4, 3, 4

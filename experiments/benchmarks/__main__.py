@@ -54,7 +54,8 @@ class Side:
         words = [python, "-m", "experiments.benchmarks.worker", side, row, folder]
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=HERE.parents[1],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"} | worker.MALLOC.get(side, {}),
+            cwd=HERE.parents[1],
         )  # fmt: skip
         self.report = self.answer()
 
@@ -113,9 +114,7 @@ def measure(row: str, config: Config, bar: Any) -> dict[str, Any]:
     """A row of the record; {"refused": why} where its sides do not compute the same."""
     sides = [s for s in worker.SIDES if s in ("flax", "dlx", *config.sides)]
     sides.sort(key=lambda s: s != "flax")  # it writes the weights
-    pythons = {s: sys.executable for s in sides} | dict.fromkeys(
-        ("eager", "channels-last", "compile"), config.torch_python
-    )
+    pythons = {s: config.torch_python if s in worker.TORCH else sys.executable for s in sides}
     if config.older_python:
         sides.append("dlx, older jax")
         pythons["dlx, older jax"] = config.older_python

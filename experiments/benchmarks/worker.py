@@ -28,14 +28,25 @@ SIDES = {
     "scan": "dlx, 4 steps in a call",
     "fit": "dlx, the whole loop, batches read and augmented as in an experiment",
     "constant": "dlx, the whole loop, the same batch again and again",
+    "untouched": "dlx, with malloc as it is (DLX_KEEP_MEMORY=0)",
     "flax": "the same model in plain flax.linen under jax.jit",
     "eager": "PyTorch",
+    "kept": "PyTorch, with malloc as dlx sets it",
     "channels-last": "PyTorch, torch.channels_last",
     "compile": "PyTorch, torch.compile",
 }
 SCANNED = 4
 CHECKED = 3  # losses compared
 LOOPS = ("fit", "constant")
+TORCH = ("eager", "kept", "channels-last", "compile")
+MALLOC = {  # the environment of a side
+    "flax": {"DLX_KEEP_MEMORY": "0"},
+    "untouched": {"DLX_KEEP_MEMORY": "0"},
+    "kept": {
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(2**26),
+        "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1",
+    },
+}  # fmt: skip
 
 
 def rows() -> dict[str, Any]:
@@ -183,7 +194,7 @@ def peak_mb() -> float:
 def main() -> None:
     side, row, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     answer, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
-    kind = jax_side if side in ("dlx", "scan", *LOOPS, "flax") else torch_side
+    kind = torch_side if side in TORCH else jax_side
     report, run = kind(side, row, folder)
     print(json.dumps(report), file=answer, flush=True)
     for line in sys.stdin:

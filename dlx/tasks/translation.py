@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dlx import beam, metrics, pictures, sharding
+from dlx import metrics, pictures, sharding
 from dlx.data import pairs
 from dlx.errors import BadInput
 from dlx.experiment import Experiment
 from dlx.models import seq2seq
 from dlx.step import make_step, train_state
+from dlx.tasks import beam
 
 
 class Words(Protocol):
@@ -77,7 +78,7 @@ def experiment(
       longest: tokens at most that are written.
       lengths: see `by_length`.
       beams: of the search.
-      alpha: of its score; see `dlx.beam`.
+      alpha: of its score; see `dlx.tasks.beam`.
       label_smoothing: share of the target that is spread over all tokens.
       clip_norm: the gradient's largest norm.
       ema: decay of averaged parameters, which are then the ones that are evaluated.

@@ -13,11 +13,12 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from dlx import generate, sharding
+from dlx import sharding
 from dlx.data import text
 from dlx.errors import BadInput
 from dlx.experiment import Experiment
 from dlx.step import make_step, train_state
+from dlx.tasks import generate
 
 Parts = Literal["train", "train+validation"]
 CHUNK = 512  # tokens that an evaluation reads at once: it changes no figure
