@@ -7,6 +7,7 @@ A RUN is a run folder, or a folder of seeds (seed0, seed1, ...). Without RUN onl
 import argparse
 import datetime
 import json
+import math
 import re
 import statistics
 import sys
@@ -115,6 +116,19 @@ def seconds(folder: Path) -> float:
     return total + last
 
 
+def decimals(value: float, unit: str) -> int:
+    """Two of a percentage; of others so many that four digits are shown.
+
+    >>> decimals(93.5, "%"), decimals(0.375, "nats"), decimals(28.4, "BLEU"), decimals(454.2, "MW")
+    (2, 4, 2, 1)
+    """
+    return 2 if unit == "%" or not value else max(0, 3 - math.floor(math.log10(abs(value))))
+
+
+def shown(value: float, unit: str) -> str:
+    return f"{value:.{decimals(value, unit)}f}"
+
+
 def table() -> str:
     """The README's table, from all records."""
     lines = [
@@ -124,7 +138,8 @@ def table() -> str:
     ]
     for path in sorted(RESULTS.glob("*.json")):
         r = json.loads(path.read_text())
-        spread = f" ± {r['std']:.2f}" if r["std"] is not None else ""
+        unit = r["unit"]
+        spread = f" ± {r['std']:.{decimals(r['mean'], unit)}f}" if r["std"] is not None else ""
         paper = r["paper"] or {"status": "memory"}
         # A figure that nobody has read in its source stays out of the README.
         known = paper["status"] != "memory"
@@ -133,11 +148,11 @@ def table() -> str:
             f"[`{r['experiment']}`](experiments/{r['experiment']}.py)",
             f"{r['system']}, {r['data']}",
             f"{r['metric']}, {r['unit']}",
-            f"**{r['mean']:.2f}**{spread} ({len(r['seeds'])})",
+            f"**{shown(r['mean'], unit)}**{spread} ({len(r['seeds'])})",
             f"{sign} {r['target']}",
-            f"{r['bar']['value']:.2f} ({r['bar']['source']})",
+            f"{shown(r['bar']['value'], unit)} ({r['bar']['source']})",
             f"{paper['value']} ({paper['source']}, {paper['status']})" if known else "–",
-            "; ".join(f"{k} {v:.2f}" for k, v in r["also"].items()) or "–",
+            "; ".join(f"{k} {shown(v, unit)}" for k, v in r["also"].items()) or "–",
             f"{r['parameters']:,}",
             f"{statistics.median(r['wall_seconds']):,.0f}",
         ]
