@@ -5,7 +5,8 @@ Paper     Lai, Chang, Yang, Liu, "Modeling Long- and Short-Term Temporal Pattern
 Command   python -m experiments.electricity_gru
 Hardware  2 CPU cores
 Expected  mean absolute error over the next 24 hours 358.6 MW over five seeds: 21 % below a week
-          before, 27 % below SARIMA; over the next hour 86.0, 11 % below SARIMA
+          before, 27 % below SARIMA; over the next hour 86.0, 11 % below SARIMA and behind a linear
+          map (84.7)
 """
 
 import dataclasses

@@ -106,6 +106,8 @@ def violations(module, modules):
                 m, "dlx.step", "dlx.models", "dlx.data", "dlx.nn", "experiments"
             ):
                 out.append(f"{module} imports {m}: the loop sees only the contract")
+            elif within(module, "dlx") and within(m, "dlx.tasks") and parts[1:2] != ["tasks"]:
+                out.append(f"{module} imports {m}: only experiments know the tasks")
         if within(m, "orbax") and module != "dlx.checkpoint":
             out.append(f"{module} imports {m}: only dlx.checkpoint knows Orbax")
         if within(m, "flax") and not within(module, "dlx.models", "dlx.nn"):
