@@ -190,6 +190,8 @@ def _train(
     single, several = carry_lib.compiled(experiment.step, run, arrays, pack, unpack)
     traced = folder if profile and processes.first() else None
     trace = writers_lib.Profile(None if traced is None else traced / "profile")
+    straight = sharding.straight(mesh)
+    nothing_from_the_host = contextlib.nullcontext if straight else _nothing_from_the_host
     try:
         while True:
             with log.paused():
@@ -230,7 +232,7 @@ def _train(
             # the donated state; `map` into a slice stays within C, where no interrupt comes, as
             # long as what goes in and out is lists of arrays.
             guard.unsaved.set()
-            with trace, _nothing_from_the_host():
+            with trace, nothing_from_the_host():
                 box[:] = map(several if k > 1 else single, *((x,) for x in box[0]), (batch,))
             ahead = [*ahead[1:], box[0][1][-1]]  # the position after each: it is not donated
             done += k

@@ -186,15 +186,24 @@ def whole(batch: Any, mesh: Mesh, lead: int = 0) -> Any:
     return jax.tree.map(one, batch)
 
 
+def straight(mesh: Mesh) -> bool:
+    """Whether NumPy arrays go into a step's call as they are: on one CPU device there is nowhere to
+    bring them, and an array around each costs more than a small step has."""
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
 def placed(batch: Any, mesh: Mesh) -> Any:
     """The shapes of a global batch, each with the sharding that `put` gives it."""
-    place = NamedSharding(mesh, PartitionSpec(BATCH))
     shapes = jax.eval_shape(lambda x: x, batch)
+    if straight(mesh):
+        return shapes
+    place = NamedSharding(mesh, PartitionSpec(BATCH))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
 
 
 def put(batch: Any, mesh: Mesh, lead: int = 0) -> Any:
-    """Host arrays -> global arrays split over `data` and `fsdp` along dimension `lead`.
+    """Host arrays -> global arrays split over `data` and `fsdp` along dimension `lead`; on one CPU
+    device they stay as they are (`straight`).
 
     Args:
       batch: the rows of the global batch that `rows` gives to this process, in that order.
@@ -202,6 +211,8 @@ def put(batch: Any, mesh: Mesh, lead: int = 0) -> Any:
     Raises:
       BadInput: the batch does not divide over the devices that share it.
     """
+    if straight(mesh):
+        return batch
     place = NamedSharding(mesh, PartitionSpec(*[None] * lead, BATCH))
 
     def whole_here(x: Any) -> jax.Array:

@@ -65,7 +65,10 @@ def affine(
 
     above = (1 - right) * at(0) + right * at(1)
     below = (1 - right) * at(W + 2) + right * at(W + 3)
-    return ((1 - down) * above + down * below).reshape(images.shape)
+    out = ((1 - down) * above + down * below).reshape(images.shape)
+    # A convolution that reads it would compute it anew for each of its taps: on a CPU a step of
+    # LeNet-5 then takes 19.4 ms instead of 13.1.
+    return jax.lax.optimization_barrier(out)
 
 
 def flip(key: jax.Array, images: jax.Array) -> jax.Array:
