@@ -13,7 +13,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 
@@ -104,18 +103,9 @@ def build(config: Config) -> dlx.Experiment:
         windows = task_of(config)._replace(known=False).windows("train")
         return forecast.with_linear(params, classical.weights(windows, config.ridge))
 
-    def group(path, _):
-        return "fixed" if forecast.is_linear(path) else "learns"
-
     steps = config.run.steps
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, steps // 20, steps)
-    tx = optax.multi_transform(
-        {
-            "fixed": optax.set_to_zero(),
-            "learns": optax.adamw(schedule, weight_decay=config.weight_decay),
-        },
-        lambda params: jax.tree_util.tree_map_with_path(group, params),
-    )
+    tx = forecast.beside_linear(optax.adamw(schedule, weight_decay=config.weight_decay))
     return forecasting.experiment(
         model,
         tx,

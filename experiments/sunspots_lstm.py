@@ -1,4 +1,4 @@
-"""An ensemble of small LSTMs on the yearly sunspot numbers, 1700 to 1987.
+"""Small LSTMs on what autoregression leaves of the yearly sunspot numbers, 1700 to 1987.
 
 Paper     Zhang, "Time Series Forecasting Using a Hybrid ARIMA and Neural Network Model", 2003
 Command   python -m experiments.sunspots_lstm
@@ -52,17 +52,22 @@ class Config:
     """LSTMs on yearly sunspots."""
 
     learn: Literal["train", "train+validation"] = "train+validation"  # years: to 1853, or to 1920
-    look_back: int = 20  # years of a window
+    look_back: int = 9  # years of a window
     horizon: int = 11  # years ahead that are learnt together
     units: int = 16  # of each LSTM
     members: int = 8  # LSTMs that differ by their initial weights
     batch_size: int = 112  # windows a step
     learning_rate: float = 3e-3  # peak of a warm-up and cosine schedule
+    weight_decay: float = 0.01  # AdamW's
+    dropout: float = 0.2  # rate of what the head takes in
+    ridge: float = 0.0  # penalty of the linear map, which is fitted first and stays
     run: dlx.Run = dlx.Run(steps=400, log_every=20, eval_every=100, save_every=200)
 
     def __post_init__(self):
         names = ("look_back", "horizon", "units", "members", "batch_size", "learning_rate")
-        check_ranges(self, positive=names)
+        check_ranges(
+            self, positive=names, not_negative=("weight_decay", "ridge"), share=("dropout",)
+        )
 
 
 PRESETS = {
@@ -88,18 +93,25 @@ def task_of(config: Config) -> forecasting.Task:
 
 
 def build(config: Config) -> dlx.Experiment:
-    member = forecast.Forecaster(rnn.RNN(config.units), config.horizon)
+    encoder = rnn.RNN(config.units)
+    member = forecast.Forecaster(encoder, config.horizon, dropout=config.dropout)
     model: Any = forecast.Ensemble(member, config.members)
+
+    def start(params):
+        windows = task_of(config).windows(config.learn)
+        return forecast.with_linear(params, classical.weights(windows, config.ridge))
+
     steps = config.run.steps
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, steps // 10, steps)
     return forecasting.experiment(
         model,
-        optax.adam(schedule),
+        forecast.beside_linear(optax.adamw(schedule, weight_decay=config.weight_decay)),
         forecast.gaussian(model),
         forecast.mixture,
         task_of(config),
         batch_size=config.batch_size,
         seed=config.run.seed,
+        start=start,
         rows=functools.partial(rows, dataclasses.replace(config, run=dlx.Run())),
     )
 

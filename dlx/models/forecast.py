@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from dlx import nn
 from dlx.errors import BadInput, check_ranges
@@ -173,6 +174,18 @@ def with_linear(params: Any, weights: Any) -> Any:
         return jnp.broadcast_to(jnp.asarray(given[path[-1].key], leaf.dtype), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def beside_linear(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer for all but the linear part of a `Forecaster`, which stays what it is."""
+
+    def group(path: Any, leaf: Any) -> str:
+        return "fixed" if is_linear(path) else "learns"
+
+    return optax.multi_transform(
+        {"fixed": optax.set_to_zero(), "learns": tx},
+        lambda params: jax.tree_util.tree_map_with_path(group, params),
+    )
 
 
 def is_linear(path: Any) -> bool:
