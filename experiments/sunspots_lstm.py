@@ -4,8 +4,8 @@ Paper     Zhang, "Time Series Forecasting Using a Hybrid ARIMA and Neural Networ
 Command   python -m experiments.sunspots_lstm
           python -m experiments.sunspots_lstm --learn train      (validation on 1854 to 1920)
 Hardware  2 CPU cores
-Expected  no record yet; the goal is a one-step MSE of 280 on the 67 years from 1921 on, where
-          AR(9) has 305.2
+Expected  MSE of one step 252.5 over five seeds on the 67 years from 1921 on. AR(9) has 305.2; AR(9)
+          of the square roots 230.8, and no network here was better
 """
 
 import dataclasses
@@ -42,7 +42,8 @@ CARD = {
     "reported": {"value": 280.2, "source": "ARIMA and a network", "status": "memory"},
     "time": "1 min",
     "notes": "The configuration was chosen on 1854 to 1920, learning from the years before; then "
-    "all 221 years to 1920 are learnt from.",
+    "all 221 years to 1920 are learnt from. LSTMs of 20 years without the linear map, chosen alike "
+    "and tested before these, had 462 +- 31.",
 }
 PERIOD = 11  # years of a solar cycle
 
