@@ -144,6 +144,24 @@ def test_what_the_loop_adds():
 
 
 @pytest.mark.slow
+def test_what_is_short_is_told_with_its_reason():
+    def row(eager, scan, compiles):
+        ratios = {"eager": eager, "flax": 2.0, "scan": scan}
+        sides = {"dlx": {"compile_seconds": compiles}, "flax": {"compile_seconds": 1.0}}
+        return {"ratios": {k: {"median": v} for k, v in ratios.items()}, "sides": sides}
+
+    rows = {
+        "fine": row(0.96, 1.05, 1.9),
+        "slow": row(0.94, 1.0, 1.0) | {"why": "Its products."},
+        "scanned": row(1.0, 1.06, 1.0),
+        "compiled": row(1.0, 1.0, 2.1),
+        "refused": {"ratios": {}, "sides": {}},
+    }
+    lines = dict(line.split(": ", 1) for line in benchmarks.short({"rows": rows}).splitlines())
+    assert lines.keys() == {"slow", "scanned", "compiled"}
+    assert "0.94" in lines["slow"] and lines["slow"].endswith("Its products.")
+
+
 def test_overhead():
     found = benchmarks.overheads(1)
     assert benchmarks.added(found)["seconds"].keys() == found.keys()

@@ -30,6 +30,8 @@ from tqdm import tqdm
 from experiments.benchmarks import worker
 
 HERE = Path(__file__).parent
+LEAST = 0.95  # times as fast, against flax and PyTorch's default; of scanned steps against single
+COMPILE = 2.0  # times flax's seconds to compile
 OVERHEAD = "overhead"  # beside the rows: what the loop adds to a step, and dlx to a start
 
 
@@ -204,6 +206,26 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def short(record: dict[str, Any]) -> str:
+    """What is below its bar, and why."""
+    lines = []
+    for row, found in record["rows"].items():
+        sides, ratios = found["sides"], {k: v["median"] for k, v in found["ratios"].items()}
+        said = [
+            f"{ratios[side]:.2f} times as fast as {side}, not {LEAST}"
+            for side in ("flax", "eager")
+            if ratios.get(side, math.inf) < LEAST
+        ]
+        if "scan" in ratios and ratios["scan"] > 1 / LEAST:
+            said.append(f"steps in one call take {ratios['scan']:.2f} times as long, not 1/{LEAST}")
+        compiled = [sides.get(side, {}).get("compile_seconds") for side in ("dlx", "flax")]
+        if all(compiled) and compiled[0] > COMPILE * compiled[1]:
+            said.append(f"compiles {compiled[0] / compiled[1]:.1f} times as long, not {COMPILE}")
+        if said:
+            lines.append(f"{row}: {'; '.join(said)}. {found.get('why', '')}".strip())
+    return "\n".join(lines)
+
+
 def compared(record: dict[str, Any]) -> dict[str, dict[str, float]]:
     """{side: {row: how many times faster dlx is}}, with the fastest of PyTorch as one more."""
     out: dict[str, dict[str, float]] = {}
@@ -278,7 +300,9 @@ def main() -> None:
                 record[row] = added(overheads(config.rounds))
                 continue
             result = measure(row, config, bar)
-            record["rows"][row] = {"what": known[row].ROWS[row]} | result
+            why = getattr(known[row], "WHY", {}).get(row)
+            known_of = {"what": known[row].ROWS[row]} | ({"why": why} if why else {})
+            record["rows"][row] = known_of | result
             line = [f"{row:12s}"]
             line += [f"{k} {v['median']:.2f}" for k, v in result["ratios"].items() if k != "dlx"]
             bar.write("  ".join(line) + result.get("refused", ""))
@@ -288,6 +312,7 @@ def main() -> None:
             chart(record, config.out / "chart.png")
     (config.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))
+    print(short(record))
     for side, mean in means(record).items():
         print(f"dlx is {mean:.2f} times as fast as {side} (geometric mean)")
 
