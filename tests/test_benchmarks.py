@@ -143,7 +143,6 @@ def test_what_the_loop_adds():
     json.dumps(found)
 
 
-@pytest.mark.slow
 def test_what_is_short_is_told_with_its_reason():
     def row(eager, scan, compiles):
         ratios = {"eager": eager, "flax": 2.0, "scan": scan}
@@ -162,6 +161,7 @@ def test_what_is_short_is_told_with_its_reason():
     assert "0.94" in lines["slow"] and lines["slow"].endswith("Its products.")
 
 
+@pytest.mark.slow
 def test_overhead():
     found = benchmarks.overheads(1)
     assert benchmarks.added(found)["seconds"].keys() == found.keys()
