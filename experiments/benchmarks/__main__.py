@@ -27,6 +27,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from dlx import guard
 from experiments.benchmarks import worker
 
 HERE = Path(__file__).parent
@@ -270,6 +271,7 @@ def chart(record: dict[str, Any], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), [record["rows"][row]["what"] for row in rows], fontsize=8)
     axes.invert_yaxis()
+    axes.margins(x=0.1)
     axes.set_xlabel(f"times as fast as the other, a training step on {record['cores']} cores")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
@@ -285,8 +287,11 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"sides {unknown[0]!r} is none of {', '.join(worker.SIDES)}")
     rows = config.rows or (OVERHEAD, *known)
+    around = guard.environment()
     record: dict[str, Any] = {
-        "command": "python -m experiments.benchmarks",
+        "command": f"python -m experiments.benchmarks --rounds {config.rounds}",
+        "processor": around["processor"],
+        "commit": around["commit"],
         "date": datetime.date.today().isoformat(),
         "cores": len(os.sched_getaffinity(0)),
         "limit": limit(),
