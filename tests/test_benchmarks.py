@@ -10,7 +10,7 @@ import pytest
 from tqdm import tqdm
 
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import overhead, worker
+from experiments.benchmarks import overhead, report, worker
 
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
 
@@ -136,27 +136,35 @@ def test_what_the_loop_adds():
     assert found["loop_ratio_k32"]["median"] == 1.25
     assert found["import_ratio"]["median"] == 1.2 and found["first_step_ratio"]["median"] == 3
     end = {"median": 0.98, "low": 0.96, "high": 1.01}
-    shown = benchmarks.table({"overhead": found, "rows": {"mlp": {"end_to_end": end}, "rbm": {}}})
+    shown = report.table({"overhead": found, "rows": {"mlp": {"end_to_end": end}, "rbm": {}}})
     assert len(shown.splitlines()) == 6
     for words in ("200 (100 to 300)   at most 250", "0.98 (0.96 to 1.01)   at least 0.97"):
         assert words in shown
     json.dumps(found)
 
 
+def test_the_command_of_a_record():
+    """All that was asked for, but no path of the machine."""
+    config = benchmarks.Config(("mlp", "rbm"), rounds=5, torch_python="/a/python")
+    wanted = "python -m experiments.benchmarks --rows mlp rbm --rounds 5 --torch-python PYTHON"
+    assert benchmarks.command(config) == wanted
+
+
 def test_what_is_short_is_told_with_its_reason():
     def row(eager, scan, compiles):
         ratios = {"eager": eager, "flax": 2.0, "scan": scan}
         sides = {"dlx": {"compile_seconds": compiles}, "flax": {"compile_seconds": 1.0}}
-        return {"ratios": {k: {"median": v} for k, v in ratios.items()}, "sides": sides}
+        ratios = {k: {"median": v} for k, v in ratios.items()}
+        return {"ratios": ratios, "sides": sides, "why": ""}
 
     rows = {
         "fine": row(0.96, 1.05, 1.9),
         "slow": row(0.94, 1.0, 1.0) | {"why": "Its products."},
         "scanned": row(1.0, 1.06, 1.0),
         "compiled": row(1.0, 1.0, 2.1),
-        "refused": {"ratios": {}, "sides": {}},
+        "refused": {"ratios": {}, "sides": {}, "why": ""},
     }
-    lines = dict(line.split(": ", 1) for line in benchmarks.short({"rows": rows}).splitlines())
+    lines = dict(line.split(": ", 1) for line in report.short({"rows": rows}).splitlines())
     assert lines.keys() == {"slow", "scanned", "compiled"}
     assert "0.94" in lines["slow"] and lines["slow"].endswith("Its products.")
 

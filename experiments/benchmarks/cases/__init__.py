@@ -3,7 +3,7 @@
 A file has
 
 - ``ROWS``: {name of the row: what it is, in a few words};
-- ``WHY``: {row: why it is slower than it should be, from a profile}, where one is;
+- ``WHY``: {row: why it is slower than it should be}, as a profile or another side shows it;
 - ``ours(row) -> Ours``;
 - ``theirs(row, wrap) -> Theirs``, whose networks' parts have the names of the flax parameters
   ("block0.conv1" for block0/conv1), so that the weights can be carried over. PyTorch is imported

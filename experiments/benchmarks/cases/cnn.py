@@ -7,8 +7,7 @@ ROWS = {
     "cnn": "CNN of 32 and 64 channels, 28x28, batch 128",
 }
 WHY = {
-    "lenet": "malloc's one arena, which others gain by, holds up its many small kernels: see the "
-    "side untouched.",
+    "lenet": "It loses by malloc's one arena, which others gain by: see the side untouched.",
 }
 
 
