@@ -130,37 +130,41 @@ def shown(value: float, unit: str) -> str:
 
 
 def table() -> str:
-    """The README's table, from all records."""
+    """The README's table, and under it a line a record on where it was made and what stands beside
+    its figure; from all records."""
     lines = [
-        "| experiment | system, data | metric | ours: mean ± sd (seeds) | target | bar | paper | "
-        "also | parameters | seconds a seed |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| `python -m experiments.`… | system, data | metric | ours: mean ± sd (seeds) | target | "
+        "bar | paper | parameters | seconds a seed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    notes = []
     for path in sorted(RESULTS.glob("*.json")):
         r = json.loads(path.read_text())
         unit = r["unit"]
+        words = r["command"].removeprefix("python -m experiments.")
         spread = f" ± {r['std']:.{decimals(r['mean'], unit)}f}" if r["std"] is not None else ""
         paper = r["paper"] or {"status": "memory"}
         # A figure that nobody has read in its source stays out of the README.
         known = paper["status"] != "memory"
         sign = "≥" if r["higher_is_better"] else "≤"
         cells = [
-            f"[`{r['experiment']}`](experiments/{r['experiment']}.py)",
+            f"[`{words}`](experiments/{r['experiment']}.py)",
             f"{r['system']}, {r['data']}",
             f"{r['metric']}, {r['unit']}",
             f"**{shown(r['mean'], unit)}**{spread} ({len(r['seeds'])})",
             f"{sign} {r['target']}",
             f"{shown(r['bar']['value'], unit)} ({r['bar']['source']})",
             f"{paper['value']} ({paper['source']}, {paper['status']})" if known else "–",
-            "; ".join(f"{k} {shown(v, unit)}" for k, v in r["also"].items()) or "–",
             f"{r['parameters']:,}",
             f"{statistics.median(r['wall_seconds']):,.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-        lines.append(
-            f"| | `{r['command']}`, {r['hardware']}, {r['date']}, {r['commit']} |" + " |" * 8
+        beside = "; ".join(f"{k} {shown(v, unit)}" for k, v in r["also"].items())
+        notes.append(
+            f"- [`{path.stem}`](experiments/results/{path.name}): {r['hardware']}, {r['date']}, "
+            f"{r['commit']}." + (f" Beside it: {beside}." if beside else "")
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "Where each was made, in the same order:", "", *notes])
 
 
 def write_table() -> None:

@@ -83,7 +83,8 @@ def test_records(path):
     assert len(r["values"]) == len(r["seeds"]) == len(r["wall_seconds"])
     assert r["mean"] == pytest.approx(sum(r["values"]) / len(r["values"]), abs=1e-3)
     assert "with changes" not in r["commit"]
-    row = next(x for x in publish.table().splitlines() if f"`{r['experiment']}`" in x)
+    words = r["command"].removeprefix("python -m experiments.")
+    row = next(x for x in publish.table().splitlines() if f"[`{words}`]" in x)
     if r["paper"] is not None and r["paper"]["status"] == "memory":
         assert r["paper"]["source"] not in row
 
