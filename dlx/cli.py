@@ -399,7 +399,8 @@ def _chosen(name, build, config, flags, folder, preset):
     from dlx import guard, runs, sharding
 
     stored = runs.config_of(folder)
-    guard.check_config(folder, _config_dict(name, preset, config) | {"preset": stored["preset"]})
+    asked = _config_dict(name, preset, config) | {"preset": stored["preset"]}
+    guard.check_config(folder, asked, trained=True)
     mesh = sharding.make_mesh(flags.mesh)
     experiment, state, step = runs.restore(build(config), config, folder, mesh)
     print(f"{folder}: checkpoint of step {step}")
@@ -414,6 +415,8 @@ def _eval(name, build, config, flags, folder, preset) -> None:
     experiment, state, mesh = _chosen(name, build, config, flags, folder, preset)
     with jax.set_mesh(mesh):
         if flags.split == "validation":
+            if not experiment.evals:
+                raise BadInput(f"{name} has no validation part, it trains on all: --split test")
             results = loop.evaluate(experiment, state)
         elif experiment.test is None:
             raise BadInput(f"{name} has no test set: leave out --split")

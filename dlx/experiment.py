@@ -51,10 +51,14 @@ class Experiment(NamedTuple):
     """((path regex, PartitionSpec), ...): how the state shards; see `dlx.sharding`."""
 
     predict: Callable[[State, Any], Any] | None = None
-    """(state, inputs) -> outputs: what `dlx.load` hands to people."""
+    """(state, inputs) -> outputs: what `dlx.load` hands to people, jitted."""
 
     sample: Callable[[State, Any], Any] | None = None
     """(state, key) -> text, or an image (height, width, 3) uint8: the `sample` command."""
+
+    check: Callable[[Any], Any] | None = None
+    """inputs -> None, or raises BadInput: what people hand to `predict`, looked at before; a jitted
+    function sees no values."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,7 +96,11 @@ def _open(experiment: Experiment, start: int, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _take(source: Iterator[Any], k: int) -> Any:
-    group = list(itertools.islice(source, k))
+    # Copies: batches wait here, while data may fill the arrays that it gave anew.
+    group = [
+        jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, batch)
+        for batch in itertools.islice(source, k)
+    ]
     if len(group) < k:
         raise BadInput("the data ended before the run did: it must go on for as many steps")
     return group[0] if k == 1 else jax.tree.map(lambda *x: np.stack(x), *group)

@@ -40,6 +40,7 @@ FILES = {  # everything a run writes: the folder's README, and all that --fresh 
 TITLE = "A run folder of dlx."  # README.txt's first line
 # How the names begin that may differ between a folder and its resumption.
 FREE = ("run.steps_per_call", "run.keep", "sample.")
+DECODING = ("beams", "alpha")  # of a search: what is trained does not depend on them
 
 
 # ---- the run folder ---------------------------------------------------------------------------
@@ -109,8 +110,14 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def check_config(folder: Path, config: Mapping[str, Any], fresh: bool = False) -> None:
+def check_config(
+    folder: Path, config: Mapping[str, Any], fresh: bool = False, trained: bool = False
+) -> None:
     """Makes `folder` the run of `config`, or finds that it is.
+
+    Args:
+      fresh: what is there is removed.
+      trained: it is only read, and may be decoded by another search than its own.
 
     Raises:
       BadInput: the folder belongs to another configuration, or to something else entirely.
@@ -145,6 +152,7 @@ def check_config(folder: Path, config: Mapping[str, Any], fresh: bool = False) -
         for k in {**old, **new}
         if not k.removeprefix("config.").startswith(FREE)
         and k != "preset"
+        and not (trained and k.removeprefix("config.") in DECODING)
         and old.get(k, "absent") != new.get(k, "absent")
     ]
     if differ:
@@ -152,7 +160,8 @@ def check_config(folder: Path, config: Mapping[str, Any], fresh: bool = False) -
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise BadInput(
             f"{folder} was made with another configuration ({shown}{more}): "
-            "--fresh starts over, or choose another --workdir"
+            + ("give what it was made with" if trained else "--fresh starts over")
+            + ", or choose another --workdir"
         )
 
 
@@ -213,7 +222,18 @@ def environment() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    names = (
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "numpy",
+        "scikit-learn",
+        "statsmodels",
+        "sacrebleu",
+        "tokenizers",
+    )
     device, changes = jax.devices()[0], git("status", "--porcelain")
     return {
         "packages": {n: importlib.metadata.version(n) for n in names},

@@ -150,6 +150,8 @@ def load(
     def predict(inputs: Any) -> Any:
         if apply is None:
             raise BadInput(f"the experiment of {folder} defines no predict function")
+        if experiment.check is not None:
+            experiment.check(inputs)
         return apply(state, inputs)
 
     return Loaded(config, getattr(state, "variables", state), predict, state, step)

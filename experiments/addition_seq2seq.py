@@ -30,7 +30,6 @@ CARD = {
     "higher_is_better": True,
     "target": 99.5,
     "bar": {"value": 99.0, "source": "Keras' example, 50,000 sums with the digits reversed"},
-    "also": {"nats a character": "test/nll"},
     "reported": None,  # the paper translates
     "time": "4 min",
 }

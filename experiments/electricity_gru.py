@@ -30,9 +30,9 @@ CARD = {
     "unit": "MW",
     "higher_is_better": False,
     "target": 409.0,  # 10 % below a week before; SARIMA is behind that
-    "bar": {"metric": "test/mae_sarima", "source": "SARIMA(2,0,1)(1,1,1) of 24 hours"},
+    "bar": {"metric": "test/mae_week", "source": "seasonal naive, a week before"},
     "also": {
-        "a week before": "test/mae_week",
+        "SARIMA(2,0,1)(1,1,1) of 24 hours": "test/mae_sarima",
         "a day before": "test/mae_day",
         "AR(168)": "test/mae_ar",
         "linear": "test/mae_linear",

@@ -64,7 +64,7 @@ class Config:
     epochs: int = 13  # among which the steps are divided
     whole_epochs: int = 4  # at the full learning rate
     decay: float = 0.5  # of the learning rate in each epoch after them
-    sample: generate.Sampling = generate.Sampling(length=100)  # noqa: RUF009
+    sample: generate.Sampling = generate.Sampling(length=100)  # of the `sample` command
     run: dlx.Run = dlx.Run(
         steps=13 * STEPS, log_every=101, eval_every=STEPS, save_every=STEPS,
         best=("validation/loss", "min"),
@@ -86,7 +86,7 @@ PRESETS = {
     "laptop": Config(),
     "medium": Config(
         units=650, dropout=0.5, init=0.05, length=35, epochs=39, whole_epochs=6, decay=1 / 1.2,
-        run=dlx.Run(steps=39 * 1327, log_every=1327, eval_every=1327, save_every=1327,
+        run=dlx.Run(steps=39 * 1327, log_every=101, eval_every=1327, save_every=1327,
                     best=("validation/loss", "min")),
     ),
     "paper": Config(),

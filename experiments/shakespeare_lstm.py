@@ -55,7 +55,7 @@ class Config:
     weight_decay: float = 0.01  # AdamW's
     clip_norm: float = 1.0  # longest gradient
     ema: float = 0.999  # decay of the averaged parameters that are evaluated
-    sample: generate.Sampling = generate.Sampling()  # noqa: RUF009
+    sample: generate.Sampling = generate.Sampling()  # of the `sample` command
     run: dlx.Run = dlx.Run(steps=5000, log_every=50, eval_every=1000, save_every=500)
 
     def __post_init__(self):

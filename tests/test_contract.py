@@ -941,3 +941,25 @@ def test_ctrl_c_at_every_line(tmp_path, mesh):
             wrong.append(f"{Path(code.co_filename).name}:{number}, {i} of {len(lines)}")
         shutil.rmtree(folder)
     assert not wrong
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("K", [1, 2])
+def test_data_that_fills_the_same_array_anew(devices, K, tmp_path):
+    """Batches wait while the next ones are read: each is what it was when it was given."""
+
+    def data(first_step, rows):
+        buffer = np.zeros(8, np.float32)
+        for t in itertools.count(first_step):
+            buffer[:] = t
+            yield {"x": buffer[rows(8)]}
+
+    def step(state, batch):
+        return {"n": state["n"] + 1}, {"x": batch["x"].mean()}
+
+    e = dlx.Experiment(init=lambda key, given: {"n": jnp.zeros(())}, step=step, data=data)
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    run = dlx.Run(steps=20, log_every=2, steps_per_call=K)
+    _, history = dlx.fit(e, run, mesh=mesh, writers=[])
+    means = [row["train/x"] for row in history if "train/x" in row]
+    assert means == [2 * i + 0.5 for i in range(10)]

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import dlx
 from dlx import nn
 from dlx.data import arrays, digits, images
 from dlx.models import cnn
 from dlx.nn import losses
+
+KEY = jax.random.key(4)
 
 
 @pytest.fixture
@@ -343,6 +346,41 @@ def test_classification_by_hand(x64, smoothing):
     assert train is True and list(rngs) == ["dropout"] and mutable == ["seen"]
     keys = [jax.random.key_data(k).tolist() for k in (key, moved[0], rngs["dropout"])]
     assert len({tuple(k) for k in keys}) == 3  # no two uses share a key
+
+
+@pytest.mark.parametrize(
+    "label", [np.zeros((9, 1), int), np.zeros(9, np.float32), np.zeros(8, int), np.zeros((), int)]
+)
+def test_labels_that_would_be_broadcast(label):
+    """Of (B, 1) they train each example against all others' labels, without a word."""
+    loss_fn = losses.classification(Table())
+    batch = {"image": np.zeros((9, 4)), "label": label}
+    with pytest.raises(dlx.BadInput, match=r"label is .*: give integers of shape \(9,\)"):
+        jax.eval_shape(loss_fn, {"w": jnp.zeros((4, 5))}, {"seen": {"count": 3}}, batch, KEY)
+
+
+def test_classification_of_mixed_examples(x64):
+    """The loss of mixed inputs against targets mixed alike."""
+    rng = np.random.default_rng(2)
+    x, label = rng.normal(size=(9, 1, 1, 4)), rng.integers(0, 5, 9)
+    w, met = jnp.asarray(rng.normal(size=(4, 5))), []
+
+    class Flat(Table):
+        def apply(self, variables, image, **options):
+            return super().apply(variables, image[:, 0, 0], **options)
+
+    def mix(key, x, targets):
+        met.append(key)
+        return images.mixup(key, x, targets, alpha=0.7)
+
+    batch = {"image": jnp.asarray(x), "label": label}
+    loss, _ = losses.classification(Flat(), mix=mix)({"w": w}, {"seen": {"count": 3}}, batch, KEY)
+    mixed, target = images.mixup(met[0], jnp.asarray(x), jnp.eye(5)[label], 0.7)
+    log_p = jax.nn.log_softmax(mixed[:, 0, 0] @ w)
+    assert float(loss) == pytest.approx(-float((target * log_p).sum(1).mean()), rel=1e-12)
+    assert float(jnp.abs(mixed - x).max()) > 0.1
+    with pytest.raises(dlx.BadInput, match="alpha is -1"):
+        images.mixup(KEY, jnp.asarray(x), jnp.eye(5)[label], -1)
 
 
 def test_classification_of_bfloat16_logits_is_summed_in_float32():

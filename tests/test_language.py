@@ -180,6 +180,8 @@ def test_sample():
         assert got.startswith(begins) and len(got) == len(begins) + 30
         assert set(got) <= set(WORDS.tokens)
     assert got == e.sample(state, jax.random.key(1)) != e.sample(state, jax.random.key(2))
+    _, e = made(sampling=generate.Sampling("abba", 30, 0.7, 3, 0.9, seed=1))
+    assert e.sample(state, jax.random.key(1)) != got
 
 
 def test_how_a_sample_is_drawn_is_no_part_of_what_is_trained(tmp_path):
@@ -189,6 +191,26 @@ def test_how_a_sample_is_drawn_is_no_part_of_what_is_trained(tmp_path):
     guard.check_config(tmp_path, config)
     with pytest.raises(dlx.BadInput, match="another configuration"):
         guard.check_config(tmp_path, {"config": {**config["config"], "units": 4}})
+
+
+def test_a_trained_run_may_be_decoded_by_another_search(tmp_path):
+    guard.check_config(tmp_path, {"config": {"units": 3, "beams": 4, "alpha": 0.6}})
+    other = {"config": {"units": 3, "beams": 8, "alpha": 1.0}}
+    guard.check_config(tmp_path, other, trained=True)
+    with pytest.raises(dlx.BadInput, match=r"beams 4 -> 8, alpha 0.6 -> 1.0\): --fresh starts"):
+        guard.check_config(tmp_path, other)
+    other["config"]["units"] = 4
+    with pytest.raises(dlx.BadInput, match=r"\(units 3 -> 4\): give what it was made with"):
+        guard.check_config(tmp_path, other, trained=True)
+
+
+def test_tokens_that_people_hand_to_predict():
+    """A jitted function cannot tell: the logits would be NaN."""
+    _, e = made()
+    e.check(np.array([[0, V - 1]]))
+    for wrong in (np.array([[0, V]]), np.array([[-1, 0]]), np.array([[0.5]])):
+        with pytest.raises(dlx.BadInput, match="tokens"):
+            e.check(wrong)
 
 
 # ---- Bad input ---------------------------------------------------------------------------------

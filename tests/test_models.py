@@ -1,5 +1,7 @@
 """All models from one table: parameters counted, every one of them learns, batches of any size."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 import dlx
 from dlx.models import airbench, cnn, mlp, resnet
 from dlx.nn import torch
+
+KEY = jax.random.key(0)
 
 # name: (model, an image's shape, parameters), the counts as published or as torchvision has them.
 MODELS = {
@@ -139,3 +143,47 @@ def test_identity_init(shape):
 def test_a_parameter_of_no_known_layer():
     with pytest.raises(ValueError, match=r"weight of shape \(2, 2, 2\)"):
         torch.convert("weight", np.zeros((2, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [(lambda: cnn.VGG11().init(KEY, np.zeros((1, 28, 28, 3))), r"images are \(1, 28, 28, 3\)"),
+     (lambda: cnn.LeNet5().init(KEY, np.zeros((1, 8, 8, 1))), "H and W at least 12"),
+     (lambda: cnn.LeNet5().init(KEY, np.zeros((1, 28, 28))), r"give \(B, H, W, C\)"),
+     (lambda: cnn.SmallCNN((8, 16), (True,)).init(KEY, np.zeros((1, 8, 8, 1))), "have 2, 1 and 2"),
+     (lambda: resnet.from_torch({"model.conv1.weight": np.zeros((8, 3, 3, 3))}), "model.conv1"),
+     (lambda: resnet.from_torch({}), "no arrays"), (lambda: cnn.vgg_from_torch({}, (1,)), "no arr"),
+     (lambda: cnn.vgg_from_torch({"features.99.bias": np.zeros(8)}, (1,)), "features.99.bias")],
+)  # fmt: skip
+def test_what_a_model_cannot_take(call, message):
+    with pytest.raises(dlx.BadInput, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_half_precision_become_parameters_of_single():
+    found = resnet.from_torch({"conv1.weight": np.ones((8, 3, 3, 3), np.float16)})
+    assert found["params"]["conv1"]["kernel"].dtype == np.float32
+
+
+def test_safetensors_load(tmp_path):
+    """The file that torchvision's weights come in, to the model's own parameters."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    rng, state = np.random.default_rng(0), {}
+    model = resnet.CifarResNet(8)
+    variables = jax.eval_shape(model.init, KEY, np.zeros((1, 32, 32, 3), np.float32))
+    names = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        _, *place, last = (p.key for p in path)
+        name = ".".join(place).replace("norm", "bn").replace("head", "fc")
+        name = re.sub(r"(layer\d)_(\d+)", r"\1.\2", name)
+        value = np.abs(rng.normal(size=leaf.shape)).astype(np.float32)  # a variance is positive
+        order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[value.ndim]
+        state[f"{name}.{names.get(last, last)}"] = np.ascontiguousarray(value.transpose(order))
+    safetensors.save_file(state, tmp_path / "resnet.safetensors")
+    loaded = resnet.from_torch(safetensors.load_file(tmp_path / "resnet.safetensors"))
+    assert jax.tree.structure(loaded) == jax.tree.structure(variables)
+    x = rng.normal(size=(2, 32, 32, 3)).astype(np.float32)
+    assert np.isfinite(model.apply(loaded, x)).all()
+    kernel = state["layer2.0.conv1.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(loaded["params"]["layer2_0"]["conv1"]["kernel"], kernel)

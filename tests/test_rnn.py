@@ -236,6 +236,31 @@ def test_lengths_that_are_none(lengths, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("cell", rnn.CELLS)
+def test_lengths_in_any_integers(cell):
+    """int8 holds the lengths and not T; a list has no dtype."""
+    x = np.random.default_rng(0).normal(size=(3, 200, D)).astype(np.float32)
+    model = rnn.RNN(H, cell=cell)
+    params = model.init(jax.random.key(0), x)
+    wanted = model.apply(params, x, None, jnp.array([3, 127, 100]))
+    for lengths in (np.array([3, 127, 100], np.int8), [3, 127, 100]):
+        for a, b in zip(*map(jax.tree.leaves, (model.apply(params, x, None, lengths), wanted)),
+                        strict=True):  # fmt: skip
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda s: (*s, s[0]), lambda s: s[:1], lambda s: (), lambda s: s[0]]
+)
+def test_a_state_of_another_network(wrong):
+    x, model = inputs(jnp.float32), rnn.RNN(H, 2, "gru", bidirectional=True)
+    params = model.init(jax.random.key(0), x)
+    _, state = model.apply(params, x)
+    model.apply(params, x, state)
+    with pytest.raises(dlx.BadInput, match="give a tuple of 4"):
+        model.apply(params, x, wrong(state))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [(lambda: rnn.RNN(H, cell="ltsm"), "cell is 'ltsm': give one of elman, lstm, gru"),

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -259,9 +260,21 @@ def test_rows_of_python_values_and_pictures():
 
 def test_a_dataset_of_hugging_face():
     datasets = pytest.importorskip("datasets", reason="needs Hugging Face's: pip install datasets")
+    import pyarrow
+
+    def png(i):
+        file = io.BytesIO()
+        picture(i).save(file, "png")
+        return {"bytes": file.getvalue(), "path": None}
+
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=N)}
-    columns = {"image": [picture(i) for i in range(N)], "label": list(range(N))}
-    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    features = datasets.Features(features)
+    columns = {"image": [png(i) for i in range(N)], "label": list(range(N))}
+    # Not by `from_dict`: it pickles parts of pyarrow, which not every version of it bears.
+    table = pyarrow.table(columns, schema=features.arrow_schema)
+    table, info = datasets.table.InMemoryTable(table), datasets.DatasetInfo(features=features)
+    rows = datasets.Dataset(table, info, fingerprint="1")
+    assert isinstance(rows[0]["image"], PIL.Image.Image)
     same(take(stream.batches(rows, 5, 1), 8), take(arrays.batches(ARRAYS, 5, 1), 8))
     with pytest.raises(dlx.BadInput, match="DatasetDict of train"):
         take(stream.batches(datasets.DatasetDict(train=rows), 5, 1), 1)

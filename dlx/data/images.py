@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from dlx.errors import BadInput
+
 
 def normalise(
     images: jax.Array, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
@@ -125,7 +127,12 @@ def mixup(
       images: (B, H, W, C).
       targets: (B, classes) probabilities.
       alpha: 0 mixes nothing; 1 mixes uniformly.
+
+    Raises:
+      BadInput: alpha is below 0.
     """
+    if alpha < 0:
+        raise BadInput(f"alpha is {alpha}: give 0, which mixes nothing, or more")
     if not alpha:
         return images, targets
     draw, order = jax.random.split(key)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlx import nn
+from dlx.errors import BadInput
 from dlx.nn import torch
 
 relu_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -53,6 +54,9 @@ class SmallCNN(nn.Module):
         """(B, H, W, C) -> logits (B, classes)."""
         one = isinstance(self.padding, str)
         paddings: Any = (self.padding,) * len(self.channels) if one else self.padding
+        if not len(self.channels) == len(self.pool) == len(paddings):
+            given = f"{len(self.channels)}, {len(self.pool)} and {len(paddings)}"
+            raise BadInput(f"channels, pool and padding have {given} values: give equally many")
         layers = zip(self.channels, self.pool, paddings, strict=True)
         for i, (channels, pool, padding) in enumerate(layers, 1):  # (B, H, W, channels)
             x = conv(channels, (3, 3), padding=padding, dtype=self.dtype, name=f"conv{i}")(x)
@@ -103,7 +107,8 @@ class LeNet5(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """(B, 28, 28, 1) -> logits (B, classes)."""
+        """(B, 28, 28, 1) -> logits (B, classes); other sizes from 12 on do as well."""
+        check_size(x, 12)
         x = nn.Conv(6, (5, 5), dtype=self.dtype, name="c1")(x)  # (B, 28, 28, 6)
         x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))  # (B, 14, 14, 6)
         x = nn.Conv(16, (5, 5), padding="VALID", dtype=self.dtype, name="c3")(x)
@@ -135,6 +140,7 @@ class VGG(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """(B, H, W, 3) -> logits (B, classes); H and W at least 32."""
+        check_size(x, 32)
         for i, count in enumerate(self.stages):
             for j in range(count):
                 name = f"{i + 1}_{j + 1}"
@@ -153,6 +159,11 @@ class VGG(nn.Module):
             x = nn.relu(nn.Dense(4096, dtype=self.dtype, name=name)(x))  # (B, 4096)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.classes, dtype=self.dtype, name="head")(x)
+
+
+def check_size(x: jax.Array, least: int) -> None:
+    if x.ndim != 4 or min(x.shape[1:3]) < least:
+        raise BadInput(f"images are {x.shape}: give (B, H, W, C), H and W at least {least}")
 
 
 VGG11 = partial(VGG, (1, 1, 2, 2, 2))
@@ -179,6 +190,9 @@ def vgg_from_torch(state: Mapping[str, np.ndarray], stages: tuple[int, ...]) -> 
     Args:
       state: {name: array}, as ``safetensors.numpy.load_file`` reads it.
       stages: as the model's; whether it normalises is told by the arrays.
+
+    Raises:
+      BadInput: an array that such a VGG does not have, or none.
     """
     norm = any("running" in name or (name.endswith("weight") and np.ndim(x) == 1)
                for name, x in state.items())  # fmt: skip
@@ -194,9 +208,13 @@ def vgg_from_torch(state: Mapping[str, np.ndarray], stages: tuple[int, ...]) -> 
         layer, _, last = name.rpartition(".")
         if last == "num_batches_tracked":
             continue
+        if layer not in homes:
+            raise BadInput(f"{name} is not of a VGG with stages {stages}: check both")
         value = np.asarray(value)
         if name == "classifier.0.weight":  # torch flattens (C, 7, 7), flax (7, 7, C)
             value = value.reshape(-1, 512, 7, 7).transpose(0, 2, 3, 1).reshape(len(value), -1)
         collection, leaf, value = torch.convert(last, value)
         out.setdefault(collection, {}).setdefault(homes[layer], {})[leaf] = value
+    if not out:
+        raise BadInput("no arrays are given: read them with safetensors.numpy.load_file")
     return out

@@ -219,6 +219,9 @@ def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     Args:
       state: {name: array}, as ``safetensors.numpy.load_file`` reads it; a leading "module." is
         left out.
+
+    Raises:
+      BadInput: a name that no ResNet has, or no arrays at all.
     """
     out: dict[str, Any] = {}
     for name, value in state.items():
@@ -228,9 +231,13 @@ def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
         at = "/".join(path).replace("downsample/0", "shortcut_conv")
         at = at.replace("downsample/1", "shortcut_norm").replace("bn", "norm")
         at = re.sub(r"^(fc|linear)$", "head", re.sub(r"^(layer\d)/(\d+)", r"\1_\2", at))
+        if not re.fullmatch(r"(conv|norm)1|head|layer\d_\d+/\w+", at):
+            raise BadInput(f"{name} is no name of torchvision's ResNets: take off what precedes it")
         collection, leaf, value = torch.convert(last, np.asarray(value))
         place = out.setdefault(collection, {})
         for part in at.split("/"):
             place = place.setdefault(part, {})
         place[leaf] = value
+    if not out:
+        raise BadInput("no arrays are given: read them with safetensors.numpy.load_file")
     return out

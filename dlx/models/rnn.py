@@ -92,7 +92,8 @@ class RNN(nn.Module):
           train: whether to drop.
 
         Raises:
-          BadInput: lengths are no (B,) integers or, where they are known, not all in 1 ... T.
+          BadInput: lengths are no (B,) integers or, where they are known, not all in 1 ... T; the
+            state has another number of parts.
         """
         valid = None
         if lengths is not None:
@@ -105,6 +106,10 @@ class RNN(nn.Module):
             zero = jnp.zeros((len(x), self.units), dtype)
             one = (zero, zero) if self.cell == "lstm" else zero
             state = (one,) * self.layers * len(directions)
+        parts = self.layers * len(directions)
+        if not isinstance(state, tuple) or len(state) != parts:
+            found = f"{len(state)} parts" if isinstance(state, tuple) else type(state).__name__
+            raise BadInput(f"state is of {found}: give a tuple of {parts}, see the docstring")
         carries = iter(jax.tree.map(lambda s: s.astype(dtype), state))
         last = []
         for i in range(self.layers):
@@ -223,7 +228,7 @@ def check_cell(cell: str) -> None:
 
 
 def check_lengths(lengths: Any, shape: tuple[int, ...]) -> jax.Array:
-    B, T = shape
+    (B, T), lengths = shape, jnp.asarray(lengths)
     if not jnp.issubdtype(jnp.result_type(lengths), jnp.integer) or jnp.shape(lengths) != (B,):
         found = f"{jnp.result_type(lengths)} of shape {jnp.shape(lengths)}"
         raise BadInput(f"lengths are {found}: give integers of shape ({B},)")
@@ -231,7 +236,7 @@ def check_lengths(lengths: Any, shape: tuple[int, ...]) -> jax.Array:
         for n in np.asarray(lengths).tolist():
             if not 1 <= n <= T:
                 raise BadInput(f"a length is {n}: all must be from 1 to the {T} steps of the input")
-    return jnp.asarray(lengths)
+    return lengths.astype(jnp.result_type(int))  # int8 could not hold T
 
 
 def from_torch(state: Mapping[str, np.ndarray], cell: str) -> dict[str, Any]:

@@ -250,7 +250,7 @@ def shifted(target: jax.Array, start: int) -> jax.Array:
 
 
 def check_lengths(lengths: Any, shape: tuple[int, ...]) -> jax.Array:
-    B, S = shape
+    (B, S), lengths = shape, jnp.asarray(lengths)
     if not jnp.issubdtype(jnp.result_type(lengths), jnp.integer) or jnp.shape(lengths) != (B,):
         found = f"{jnp.result_type(lengths)} of shape {jnp.shape(lengths)}"
         raise BadInput(f"lengths are {found}: give integers of shape ({B},)")
@@ -258,4 +258,4 @@ def check_lengths(lengths: Any, shape: tuple[int, ...]) -> jax.Array:
         for n in np.asarray(lengths).tolist():
             if not 1 <= n <= S:
                 raise BadInput(f"a length is {n}: all must be from 1 to the {S} words of the input")
-    return jnp.asarray(lengths).astype(jnp.result_type(int))  # flax flips sequences by such ones
+    return lengths.astype(jnp.result_type(int))  # flax flips sequences by such ones

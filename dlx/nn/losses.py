@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dlx.errors import BadInput
+
 Variables = Any
 
 
@@ -18,6 +20,7 @@ def classification(
     inputs: str = "image",
     label_smoothing: float = 0.0,
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    mix: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
 ) -> Callable[..., tuple[jax.Array, tuple[Any, dict[str, Any]]]]:
     """Cross-entropy of a linen classifier, as a loss_fn.
 
@@ -26,6 +29,11 @@ def classification(
       inputs: their name in the batch.
       label_smoothing: e in [0, 1): targets are (1 - e) one-hot + e / C.
       augment: (key, inputs) -> inputs, within the compiled step.
+      mix: (key, inputs, targets (B, n)) -> both, each example with others of the batch, after it:
+        ``functools.partial(images.mixup, alpha=0.2)``. The accuracy is that of the labels.
+
+    Raises:
+      BadInput: the labels are no integers (B,); those of (B, 1) would be broadcast silently.
 
     Returns:
       loss_fn(params, model_state, batch, key) of a batch {inputs: (B, ...), "label": (B,)}; its
@@ -35,8 +43,14 @@ def classification(
     def loss_fn(params, model_state, batch, key):
         dropout, augmentation = jax.random.split(key)
         x, label = batch[inputs], batch["label"]
+        if label.shape != x.shape[:1] or not jnp.issubdtype(label.dtype, jnp.integer):
+            found = f"{label.dtype} of shape {label.shape}"
+            raise BadInput(f"label is {found}: give integers of shape ({x.shape[0]},)")
         if augment is not None:
             x = augment(augmentation, x)
+        share = None
+        if mix is not None:  # how much of every example is in each, whatever the classes are
+            x, share = mix(jax.random.fold_in(augmentation, 1), x, jnp.eye(len(x), dtype=x.dtype))
         logits, model_state = module.apply(
             {"params": params, **model_state},
             x,
@@ -47,6 +61,7 @@ def classification(
         if logits.dtype != jnp.float64:
             logits = logits.astype(jnp.float32)  # a bfloat16 network's loss is summed in float32
         target = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
+        target = target if share is None else share.astype(target.dtype) @ target
         target = optax.smooth_labels(target, label_smoothing)
         loss = optax.softmax_cross_entropy(logits, target).mean()
         hit = (logits.argmax(-1).astype(label.dtype) == label).astype(jnp.float32)

@@ -18,6 +18,8 @@ def convert(name: str, value: np.ndarray) -> tuple[str, str, np.ndarray]:
     >>> convert("weight", np.zeros((8, 3, 5, 5)))[2].shape
     (5, 5, 3, 8)
     """
+    if value.dtype == np.float16:  # parameters are float32, whatever computes
+        value = value.astype(np.float32)
     match name, value.ndim:
         case "weight", 4:
             return "params", "kernel", value.transpose(2, 3, 1, 0)  # (H, W, I, O)

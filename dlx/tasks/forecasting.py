@@ -149,7 +149,9 @@ def experiment(
             bands = jax.tree.map(sharding.fetch, shown(state, made["x"][-n:]))
             start = first + len(made["whole"]) - n
             truth = task.decode(made["y"][-n:])[0][:, 0, -1]
-            return plot(found.time[start:][:n], truth, bands, found.columns[task.columns - 1], name)
+            column = found.columns[task.columns - 1]
+            learnt = " (learnt from)" if name in task.learn.split("+") else ""
+            return plot(found.time[start:][:n], truth, bands, column, name + learnt)
 
         return image
 
@@ -163,7 +165,7 @@ def experiment(
         if held
         else {},
         test=test,
-        pictures={"forecast": draw("validation")} if held else {},
+        pictures={"forecast": draw("validation")},
         predict=forecast,
         sample=draw("test"),
     )

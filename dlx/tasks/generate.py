@@ -31,9 +31,10 @@ class Sampling:
     temperature: float = 1.0  # logits are divided by it; 0: always the most probable token
     top_k: int = 0  # draw from the K most probable tokens; 0: from all
     top_p: float = 1.0  # draw from the fewest tokens that together have this probability
+    seed: int = 0  # another one draws another text
 
     def __post_init__(self):
-        check_ranges(self, positive=("length",), not_negative=("temperature", "top_k"))
+        check_ranges(self, positive=("length",), not_negative=("temperature", "top_k", "seed"))
         if not 0 < self.top_p <= 1:
             raise BadInput(f"top_p is {self.top_p}: it must be above 0 and at most 1")
 

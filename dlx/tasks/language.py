@@ -93,7 +93,9 @@ def experiment(
 
     def sample(state: Any, key: jax.Array) -> str:
         vocabulary = opened().vocabulary
-        options = {k: v for k, v in dataclasses.asdict(sampling).items() if k != "prompt"}
+        options = dataclasses.asdict(sampling)
+        del options["prompt"]
+        key = jax.random.fold_in(key, options.pop("seed"))
         prompt = vocabulary.encode(sampling.prompt) if sampling.prompt else np.zeros(0, np.int32)
         first = np.array([vocabulary.numbers[begin]], np.int32)
         tokens = np.concatenate([first, prompt])[None]  # (1, P)
@@ -117,6 +119,7 @@ def experiment(
         rules=((r"^model_state/", PartitionSpec(sharding.BATCH)),),
         predict=lambda state, tokens: apply(parameters(state), tokens, None)[0],
         sample=sample,
+        check=lambda tokens: text.check(np.ravel(tokens), model.vocabulary, "tokens"),
     )
 
 

@@ -182,6 +182,13 @@ def experiment(
             lines += [sources[i], f"  ours: {ours}", f"  true: {references[i]}"]
         return "\n".join(lines)
 
+    def check(batch: Mapping[str, Any]) -> None:
+        """What `predict` is given, of which the target may be missing."""
+        arrays = {k: np.asarray(v) for k, v in batch.items()}
+        for known, other in (("source", "target"), ("source_length", "target_length")):
+            arrays.setdefault(other, np.ones_like(arrays[known]))
+        pairs.check(arrays, "inputs", (model.source, model.target))
+
     loss_fn = seq2seq.translation(model, start, label_smoothing=label_smoothing)
     step = make_step(loss_fn, tx, clip_norm=clip_norm, ema=ema)
     return Experiment(
@@ -193,6 +200,7 @@ def experiment(
         pictures={"attention": attention},
         predict=lambda state, batch: write(state, batch, beams),
         sample=sample,
+        check=check,
     )
 
 
