@@ -6,7 +6,7 @@ every page anew at its first touch: a third of the time of a small GPT's step. K
 cleared once. Steps on 2 cores of an Intel Xeon at 2.5 GHz, float32, jax 0.12: a CNN of 28 x 28
 images 59 -> 41 ms, a GPT of 4 layers of width 128 56 -> 38, of 6 of width 384 1,140 -> 990,
 ResNet-18 1,870 -> 1,530; an LSTM and a VAE gain nothing. The price is memory: ResNet-18's peak
-grows from 1.2 to 2.9 GB. The sides "dlx" and "untouched" of `python -m experiments.benchmarks` are
+grows from 1.4 to 1.9 GB. The sides "dlx" and "untouched" of `python -m experiments.benchmarks` are
 with and without.
 """
 

@@ -162,11 +162,27 @@ def test_what_is_short_is_told_with_its_reason():
         "slow": row(0.94, 1.0, 1.0) | {"why": "Its products."},
         "scanned": row(1.0, 1.06, 1.0),
         "compiled": row(1.0, 1.0, 2.1),
+        "waiting": row(1.0, 1.0, 1.0) | {"end_to_end": {"median": 0.96}},
         "refused": {"ratios": {}, "sides": {}, "why": ""},
     }
-    lines = dict(line.split(": ", 1) for line in report.short({"rows": rows}).splitlines())
-    assert lines.keys() == {"slow", "scanned", "compiled"}
+    record = {"rows": rows, "overhead": {"loop_us_k1": {"median": 251}}}
+    lines = dict(line.split(": ", 1) for line in report.short(record).splitlines())
+    beside = {"geometric mean", "the loop adds to a step, us"}
+    assert lines.keys() == {"slow", "scanned", "compiled", "waiting", *beside}
+    assert lines["geometric mean"].startswith("0.98 times as fast as the best of PyTorch, not 1")
     assert "0.94" in lines["slow"] and lines["slow"].endswith("Its products.")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("--rounds 0", "rounds is 0: give 1 or more"), ("--rows mpl", "rows 'mpl' is none of"),
+     ("--torch-python /no/python", "/no/python is no Python")],
+)  # fmt: skip
+def test_a_wrong_command(words, message, monkeypatch):
+    """Told before anything is measured."""
+    monkeypatch.setattr("sys.argv", ["benchmarks", *words.split()])
+    with pytest.raises(SystemExit, match=message):
+        benchmarks.main()
 
 
 @pytest.mark.slow

@@ -398,6 +398,13 @@ def test_eval_prints_what_the_run_recorded(run, split):
     assert files(run) == before
 
 
+def test_eval_without_a_validation_part(run, monkeypatch, capsys):
+    build = digits_cnn.build
+    monkeypatch.setattr(digits_cnn, "build", lambda config: build(config)._replace(evals={}))
+    assert main("eval", "--workdir", "run") == 2
+    assert "has no validation part, it trains on all: --split test" in capsys.readouterr().err
+
+
 def test_eval_on_eight_devices(run, capsys):
     result = json.loads((run / "result.json").read_text())["validation"]
     assert main("eval", "--workdir", "run", "--mesh", "data=4,fsdp=2") == 0

@@ -3,6 +3,7 @@ ends the same whatever happened to it, and its paper preset can be lowered for a
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import numpy as np
@@ -144,6 +145,7 @@ def test_names(module):
     for config in module.PRESETS.values():
         assert type(config) is module.Config and isinstance(config.run, dlx.Run)
     assert module.__doc__ and module.Config.__doc__
+    assert "noqa" not in inspect.getsource(module.Config)  # comments are what --help prints
     for word in ("Paper ", "Command ", "Hardware ", "Expected "):
         assert f"\n{word}" in module.__doc__
 

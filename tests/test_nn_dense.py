@@ -10,7 +10,7 @@ import pytest
 
 from dlx import nn
 from dlx.models import gpt
-from dlx.nn import attention, dense, losses
+from dlx.nn import causal_attention, dense, losses
 from tests.test_nn import assert_same
 
 
@@ -170,8 +170,8 @@ def test_forward_mode():
 def test_causal_attention(x64, monkeypatch):
     """Blocks of 2 queries: fewer, exactly one, and more with a remainder; several batch axes, taken
     in a loop, and none."""
-    monkeypatch.setattr(attention, "ROWS", 2)
-    monkeypatch.setattr(attention, "CACHE", 1)
+    monkeypatch.setattr(causal_attention, "ROWS", 2)
+    monkeypatch.setattr(causal_attention, "CACHE", 1)
     shapes = [(1, 1, 1, 1), (2, 1, 2, 1, 3), (5, 2, 3)]
     operands = draw(*[shape for shape in shapes for _ in range(3)])
 
@@ -202,7 +202,7 @@ def test_groups_of_sequences(x64, monkeypatch):
     wanted = gradient(linen.dot_product_attention)
     loops = []
     for size in (1, 2, 6):
-        monkeypatch.setattr(attention, "CACHE", size * 2 * 5**2 * 8)
+        monkeypatch.setattr(causal_attention, "CACHE", size * 2 * 5**2 * 8)
         jax.clear_caches()  # what was traced for another size
         for a, b in zip(gradient(nn.dot_product_attention), wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)

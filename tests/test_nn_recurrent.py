@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dlx import nn
-from dlx.nn import recurrent
+from dlx.nn import recurrence
 
 CELLS = [nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell, nn.SimpleCell]
 FORMS = CELLS[1:]
@@ -194,7 +194,7 @@ class Squared(nn.SimpleCell):
 def test_other_cells_and_dtypes_run_as_flax_has_them(cell, dtype, monkeypatch, promoting):
     x = random((B, T, I), dtype=dtype)
     v = variables(cell, x, jnp.float32)
-    monkeypatch.setattr(recurrent, "on_cpu", None)
+    monkeypatch.setattr(recurrence, "on_cpu", None)
     got, want = (kind(cell, return_carry=True).apply(v, x) for kind in (nn.RNN, linen.RNN))
     assert jax.tree.map(lambda a: a.dtype, got) == jax.tree.map(lambda a: a.dtype, want)
     jax.tree.map(np.testing.assert_array_equal, got, want)

@@ -381,6 +381,20 @@ def test_what_people_see(sums):
     assert made.test(state).keys() == {"nll", "exact", "exact_greedy"}
 
 
+@pytest.mark.parametrize(
+    ("source", "length", "message"),
+    [([4, 5, 13, 4, 2], 0, "a source_length is 0"), ([4, 5, 13, 4, 2], 6, "a source_length is 6"),
+     ([4, 5, 99, 4, 2], 5, "source has token 99"), ([4, 5, -1, 4, 2], 5, "source has token -1"),
+     ([4, 5, 13, 4, 2], 2.0, "source_length has dtype float64")],
+)  # fmt: skip
+def test_what_people_hand_to_predict(sums, source, length, message):
+    made, _ = sums
+    given = {"source": np.array([source]), "source_length": np.array([length])}
+    made.check({"source": np.array([[4, 5, 13, 4, 2]]), "source_length": np.array([5])})
+    with pytest.raises(dlx.BadInput, match=message):
+        made.check(given)
+
+
 def test_exact_and_bleu():
     assert addition_seq2seq.exact(["1", "22", "3"], ["1", "2", "3"]) == {"exact": 2 / 3}
     text = ["Ein Mann steht vor dem großen Haus .", "Zwei Hunde laufen über die Wiese ."]

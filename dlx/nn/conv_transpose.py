@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
-from dlx.nn.lowering import is_plain, on_cpu
+from dlx.nn.lowering import fits, inherited, on_cpu
 
 LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 Sizes = tuple[int, ...]
@@ -63,7 +63,7 @@ def conv_transpose(
             return jax.vjp(forward, x, k)[1](dy)
         return _backward(x, k, dy, strides, padding, dilation, precision)
 
-    if is_plain() or n not in LAYOUTS:
+    if n not in LAYOUTS or not fits(x, k):
         return plain(x, k)
     conv = jax.custom_vjp(lambda x, k: on_cpu(forward, plain, x, k))
     conv.defvjp(
@@ -168,8 +168,8 @@ class ConvTranspose(linen.ConvTranspose):
         n = len(size)
         padding = canonicalize_padding(self.padding, n)
         known = padding in ("SAME", "VALID") or not isinstance(padding, str)
-        if is_plain() or not known or n not in LAYOUTS or self.preferred_element_type:
-            return super().__call__(inputs)
+        if not known or n not in LAYOUTS or self.preferred_element_type or not fits(inputs):
+            return inherited(linen.ConvTranspose)(self, inputs)
 
         def each(value: Any) -> Sizes:
             return (value or 1,) * n if isinstance(value, int | None) else tuple(value)

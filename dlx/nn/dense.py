@@ -19,7 +19,7 @@ import flax.linen as linen
 import jax
 import jax.numpy as jnp
 
-from dlx.nn.lowering import is_plain, on_cpu
+from dlx.nn.lowering import fits, on_cpu
 
 
 def dot_general(
@@ -49,11 +49,10 @@ def dot_general(
         and tuple(right) == tuple(range(n))
         and lhs.dtype == rhs.dtype
         and lhs.dtype in (jnp.float32, jnp.float64)
-        and lhs.size > 0 < rhs.size
         and preferred_element_type in (None, lhs.dtype)
         and not kwargs
     )
-    if is_plain() or not ordinary:
+    if not ordinary or not fits(lhs, rhs):
         return plain(lhs, rhs)
     I, O = math.prod(rhs.shape[:n]), math.prod(rhs.shape[n:])  # noqa: E741
 
@@ -61,11 +60,11 @@ def dot_general(
         return jax.vjp(plain, x, k)[1](dy)
 
     def backward(x: jax.Array, k: jax.Array, dy: jax.Array) -> Any:
-        rows = math.prod(x.shape[: x.ndim - n])
+        rows, shapes = math.prod(x.shape[: x.ndim - n]), (x.shape, k.shape)
         x, dy = jax.lax.optimization_barrier((x.reshape(rows, I), dy.reshape(rows, O)))
         dx = jax.lax.dot_general(dy, k.reshape(I, O), (((1,), (1,)), ((), ())), precision)
         dk = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), precision)
-        return dx.reshape(lhs.shape), dk.reshape(rhs.shape)
+        return dx.reshape(shapes[0]), dk.reshape(shapes[1])
 
     product = jax.custom_vjp(plain)
     product.defvjp(
@@ -93,4 +92,4 @@ class Embed(linen.Embed):
     def attend(self, query: jax.Array) -> jax.Array:
         """(..., C) -> (..., num_embeddings): the product of each vector with every embedding."""
         both: Any = self.promote_dtype(query, self.embedding, dtype=self.dtype)
-        return dot_general(both[0], both[1].T, (((query.ndim - 1,), (0,)), ((), ())))
+        return dot_general(both[0], both[1].T, (((both[0].ndim - 1,), (0,)), ((), ())))

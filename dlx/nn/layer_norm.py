@@ -17,7 +17,7 @@ import flax.linen as linen
 import jax
 import jax.numpy as jnp
 
-from dlx.nn.lowering import is_plain, on_cpu
+from dlx.nn.lowering import fits, inherited, on_cpu
 
 
 def _forward(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
@@ -66,12 +66,11 @@ class LayerNorm(linen.LayerNorm):
             and self.use_scale
             and self.use_bias
             and mask is self.axis_name is None
-            and x.size > 0
             and dtype in (jnp.float32, jnp.float64)
             and {jnp.dtype(self.param_dtype), jnp.dtype(self.dtype or dtype)} == {dtype}
         )
-        if is_plain() or not ordinary:
-            return super().__call__(x, mask=mask)
+        if not ordinary or not fits(x):
+            return inherited(linen.LayerNorm)(self, x, mask=mask)
         scale = self.param("scale", self.scale_init, C, self.param_dtype)
         bias = self.param("bias", self.bias_init, C, self.param_dtype)
         flax = linen.LayerNorm(self.epsilon, use_fast_variance=self.use_fast_variance, parent=None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 
 # Part of the key of every jit cache: a function is traced anew where it changes.
 _plain = jax.make_user_context(os.environ.get("DLX_PLAIN", "") not in ("", "0"))
@@ -16,7 +18,8 @@ def plain(yes: bool = True) -> Any:
     """``with dlx.nn.plain():`` every layer is exactly flax's, on a CPU too.
 
     For a whole process: the environment variable ``DLX_PLAIN=1``. The plain forms have what the
-    fast ones lack (forward-mode derivatives), and are what to compare with.
+    fast ones lack (forward-mode derivatives, `jax.linear_transpose`), and are what to compare with.
+    The switch is a thread's own.
     """
     return _plain(yes)
 
@@ -24,6 +27,25 @@ def plain(yes: bool = True) -> Any:
 def is_plain() -> bool:
     """Whether the switch is on."""
     return bool(_plain.value)
+
+
+def fits(*arrays: Any) -> bool:
+    """Whether fast forms may stand in for plain ones on these: the switch is off, every size is a
+    number above 0, and no axis of a mesh is explicit or manual (`jax.shard_map`), for there types
+    say how arrays are split, and gradients written by hand would have to say it too."""
+    if is_plain():
+        return False
+    types = {type for a in arrays for type in jax.typeof(a).sharding.mesh.axis_types}
+    types |= set(jax.sharding.get_abstract_mesh().axis_types)
+    return not types & {AxisType.Explicit, AxisType.Manual} and all(
+        isinstance(n, int) and n > 0 for a in arrays for n in a.shape
+    )
+
+
+def inherited(layer: type) -> Callable[..., Any]:
+    """flax's own ``layer.__call__`` for a subclass's: called as ``super().__call__`` it would be
+    one more call to flax's interceptors and captured intermediates."""
+    return inspect.unwrap(layer.__call__)
 
 
 def on_cpu(fast: Callable[..., Any], plain: Callable[..., Any], *args: Any) -> Any:

@@ -16,6 +16,7 @@ import datetime
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from dlx import guard
 from experiments.benchmarks import report, worker
 
 HERE = Path(__file__).parent
+COMPARED = 2  # first losses: further ones differ as roundings grow
 OVERHEAD = "overhead"  # beside the rows: what the loop adds to a step, and dlx to a start
 
 
@@ -39,7 +41,7 @@ class Config:
     """The speed of a training step, dlx beside plain flax.linen and PyTorch."""
 
     rows: tuple[str, ...] = ()  # only these; none: all, and "overhead"
-    sides: tuple[str, ...] = tuple(worker.SIDES)  # only these
+    sides: tuple[str, ...] = tuple(worker.SIDES)  # only these beside flax and dlx
     rounds: int = 9  # turns of each side
     seconds: float = 1.0  # a turn lasts about so long
     torch_python: str = sys.executable  # a Python that has PyTorch
@@ -127,10 +129,12 @@ def measure(row: str, config: Config, bar: Any) -> dict[str, Any]:
             try:
                 running[name] = Side(pythons[name], name.partition(",")[0], row, folder)
             except RuntimeError as e:
+                if name in ("flax", "dlx"):  # which all others are compared with
+                    raise SystemExit(f"{row}: {name} failed: {e}") from e
                 out["sides"][name] = {"failed": str(e)}
-    wanted = np.array(running["flax"].report["losses"][:2])
+    wanted = np.array(running["flax"].report["losses"][:COMPARED])
     for name, side in running.items():
-        found = np.array(side.report["losses"][:2])
+        found = np.array(side.report["losses"][:COMPARED])
         if name not in worker.LOOPS and not np.allclose(found, wanted, rtol=1e-4, atol=0):
             out["refused"] = f"the first losses are {found} ({name}) and {wanted} (flax)"
     if "refused" not in out:
@@ -146,12 +150,13 @@ def measure(row: str, config: Config, bar: Any) -> dict[str, Any]:
             order = list(running)
             for name in order[i % len(order) :] + order[: i % len(order)]:
                 times[name].append(running[name].seconds(steps[name]))
-        flops = running["flax"].report["flops"]
+        flops, most = running["flax"].report["flops"], limit()
         for name, side in running.items():
             t = np.array(times[name])
             out["sides"][name] = side.report | {
                 "seconds": float(np.median(t)), "all": [round(x, 6) for x in t],
                 "flops_per_second": flops / float(np.median(t)),
+                "share_of_limit": round(flops / float(np.median(t)) / most, 3),
             }  # fmt: skip
             out["ratios"][name] = ratio(times[name], times["dlx"])  # how many times faster dlx is
         if {*worker.LOOPS} <= times.keys():
@@ -207,6 +212,12 @@ def main() -> None:
     unknown = [s for s in config.sides if s not in worker.SIDES]
     if unknown:
         raise SystemExit(f"sides {unknown[0]!r} is none of {', '.join(worker.SIDES)}")
+    if config.rounds < 1:
+        raise SystemExit(f"rounds is {config.rounds}: give 1 or more")
+    for python in filter(None, (config.torch_python, config.older_python)):
+        if shutil.which(python) is None:
+            raise SystemExit(f"{python} is no Python that can be started: correct the path")
+    config.out.mkdir(parents=True, exist_ok=True)
     rows = config.rows or (OVERHEAD, *known)
     around = guard.environment()
     record: dict[str, Any] = {

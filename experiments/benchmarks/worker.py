@@ -36,7 +36,7 @@ SIDES = {
     "compile": "PyTorch, torch.compile",
 }
 SCANNED = 4
-CHECKED = 3  # losses compared
+CHECKED = 3  # first steps, whose losses are reported
 LOOPS = ("fit", "constant")
 TORCH = ("eager", "kept", "channels-last", "compile")
 MALLOC = {  # the environment of a side
@@ -87,7 +87,7 @@ def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callabl
             batch = jax.tree.map(lambda x: jax.numpy.stack([x] * SCANNED), batch)
             program = jax.jit(lambda s, b: jax.lax.scan(case.step, s, b), donate_argnums=0)
         else:
-            program = jax.jit(case.step, donate_argnums=() if side == "flax" else 0)
+            program = jax.jit(case.step, donate_argnums=0)
         program.lower(state, batch).compile()
         report["compile_seconds"] = time.perf_counter() - start
 

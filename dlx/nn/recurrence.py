@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from flax.linen.recurrent import flip_sequences
 from jax import lax
 
-from dlx.nn.lowering import is_plain, on_cpu
+from dlx.nn.lowering import fits, inherited, on_cpu
 
 barrier = lax.optimization_barrier
 
@@ -262,7 +263,10 @@ def scan(form: Form, every: bool, w: Weights, state: Any, x: jax.Array) -> Any:
 
 
 class RNN(linen.RNN):
-    """`flax.linen.RNN`: its arguments, parameters and numbers."""
+    """`flax.linen.RNN`: its arguments, parameters and numbers.
+
+    The fast form does not call the cell: `nn.intercept_methods` sees this layer alone.
+    """
 
     def __call__(
         self,
@@ -288,7 +292,7 @@ class RNN(linen.RNN):
         form = FORMS.get(type(cell), LSTM)
         standard = (
             type(cell) in FORMS
-            and not is_plain()
+            and fits(inputs)
             and not self.is_initializing()
             and cell.activation_fn is linen.tanh
             and getattr(cell, "gate_fn", linen.sigmoid) is linen.sigmoid
@@ -297,18 +301,24 @@ class RNN(linen.RNN):
             and self.variable_broadcast == "params"
             and self.variable_carry is False
             and dict(self.split_rngs) == {"params": False}
+            and "params" in cell.variables
         )
         if standard:
             time = 0 if options["time_major"] else inputs.ndim - 2
             batch = inputs.shape[:time] + inputs.shape[time + 1 : -1]
+            whole = seq_lengths is None or not options["return_carry"] or len(batch) == 1
             carry = initial_carry
             if carry is None:
                 key = jax.random.key(0) if init_key is None else init_key
                 carry = cell.initialize_carry(key, (*batch, inputs.shape[-1]))
-            params = cell.variables["params"]
+            params = meta.unbox(cell.variables["params"])
             dtypes = {a.dtype for a in jax.tree.leaves((params, carry, inputs))}
             dtypes |= {jnp.dtype(cell.dtype)} if cell.dtype else set()
-            if len(dtypes) == 1 and dtypes <= {jnp.dtype("float32"), jnp.dtype("float64")}:
+            if (
+                whole
+                and len(dtypes) == 1
+                and dtypes <= {jnp.dtype("float32"), jnp.dtype("float64")}
+            ):
                 free = cell.clone(parent=None, name=None)
 
                 def plain(params: Any, carry: Any, inputs: jax.Array) -> Any:
@@ -320,7 +330,8 @@ class RNN(linen.RNN):
                     return _rnn(form, params, carry, inputs, **options)
 
                 return on_cpu(fast, plain, params, carry, inputs)
-        return super().__call__(inputs, initial_carry=initial_carry, init_key=init_key, **options)
+        plain = inherited(linen.RNN)
+        return plain(self, inputs, initial_carry=initial_carry, init_key=init_key, **options)
 
 
 def _rnn(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 
-from dlx.nn.lowering import is_plain, on_cpu
+from dlx.nn.lowering import fits, on_cpu
 
 
 def gelu(x: jax.Array, approximate: bool = True) -> jax.Array:
@@ -17,7 +17,7 @@ def gelu(x: jax.Array, approximate: bool = True) -> jax.Array:
     the error function into each of the reductions of the normalisation before it. 1.2 times
     faster for the whole of a network of six convolutions.
     """
-    if approximate or is_plain():
+    if approximate or not fits(x):
         return jax.nn.gelu(x, approximate)
     return _exact(x)
 

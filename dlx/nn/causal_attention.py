@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlx.nn import dense
-from dlx.nn.lowering import is_plain, on_cpu
+from dlx.nn.lowering import fits, on_cpu
 
 ROWS = 128  # queries that are worked on together
 CACHE = 2**21  # bytes: about what the attention weights of a few sequences may take
@@ -36,10 +36,11 @@ def dot_product_attention(query, key, value, *args, **kwargs):
     It is fast on a CPU where the mask is causal, and known to be when the function is traced: a
     NumPy array, ``mask=np.tri(T, dtype=bool)[None, None]``.
     """
-    names = list(inspect.signature(linen.dot_product_attention).parameters)[3:]
-    options = dict(zip(names, args, strict=False)) | kwargs
+    signature = inspect.signature(linen.dot_product_attention)
+    options = signature.bind(query, key, value, *args, **kwargs).arguments
+    options = {k: v for k, v in options.items() if k not in ("query", "key", "value")}
     plain = partial(linen.dot_product_attention, **options)
-    if is_plain() or not _ordinary(query, key, value, **options):
+    if not fits(query, key, value) or not _ordinary(query, key, value, **options):
         return plain(query, key, value)
     return on_cpu(_causal, plain, query, key, value)
 
@@ -66,8 +67,7 @@ def _ordinary(
         and dtypes | {jnp.dtype(dtype or query.dtype)} == {query.dtype}
         and query.dtype
         in ((jnp.float32,) if force_fp32_for_softmax else (jnp.float32, jnp.float64))
-        and query.size > 0
-        and key.shape == query.shape
+        and key.shape == value.shape == query.shape
         and isinstance(mask, np.ndarray)
         and mask.ndim <= query.ndim
         and mask.shape[-2:] == (T, T) == (mask.size // T, T)
@@ -158,7 +158,7 @@ _causal.defvjp(_causal_saving, _causal_backward)
 
 class MultiHeadDotProductAttention(linen.MultiHeadDotProductAttention):
     """`flax.linen.MultiHeadDotProductAttention` on `dot_product_attention` of this file and
-    `dense.dot_general`."""
+    `dense.dot_general`. (`nn.SelfAttention` and `nn.MultiHeadAttention` are flax's as they are.)"""
 
     attention_fn: Any = dot_product_attention
     qkv_dot_general: Any = dense.dot_general

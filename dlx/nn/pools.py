@@ -12,7 +12,7 @@ import flax.linen as linen
 import jax
 import jax.numpy as jnp
 
-from dlx.nn.lowering import is_plain, on_cpu
+from dlx.nn.lowering import fits, on_cpu
 
 
 def max_pool(
@@ -34,7 +34,7 @@ def max_pool(
         return linen.max_pool(x, window, steps, padding)
 
     halves = inputs.ndim == 4 and window == steps == (2, 2) and padding == "VALID"
-    if is_plain() or not halves:
+    if not halves or not fits(inputs):
         return plain(inputs)
     pool = jax.custom_vjp(lambda x: on_cpu(_maximum, plain, x))
     pool.defvjp(
