@@ -1,6 +1,7 @@
 """The command line, on a real experiment: what it says, what it writes, what it leaves alone."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -400,7 +401,12 @@ def test_eval_prints_what_the_run_recorded(run, split):
 
 def test_eval_without_a_validation_part(run, monkeypatch, capsys):
     build = digits_cnn.build
-    monkeypatch.setattr(digits_cnn, "build", lambda config: build(config)._replace(evals={}))
+
+    @functools.wraps(build)
+    def bare(config):
+        return build(config)._replace(evals={})
+
+    monkeypatch.setattr(digits_cnn, "build", bare)
     assert main("eval", "--workdir", "run") == 2
     assert "has no validation part, it trains on all: --split test" in capsys.readouterr().err
 
