@@ -1,11 +1,15 @@
 """Readers of the authors' files: found, verified, decoded; what is wrong is told in one line."""
 
+import errno
 import gzip
 import hashlib
+import http.server
 import io
 import os
 import struct
 import tarfile
+import threading
+import urllib.request
 from pathlib import Path
 
 import jax
@@ -13,10 +17,11 @@ import numpy as np
 import pytest
 
 import dlx
-from dlx.data import cifar10, files, mnist
+from dlx.data import cifar10, files, mnist, multi30k
 from dlx.models import resnet
 
 RANDOM = np.random.default_rng(0)
+URLOPEN = urllib.request.urlopen
 PARTS = {
     "train-images-idx3-ubyte": RANDOM.integers(0, 256, (30, 28, 28), np.uint8),
     "train-labels-idx1-ubyte": RANDOM.integers(0, 10, 30).astype(np.uint8),
@@ -127,6 +132,67 @@ def test_another_header_of_gzip_is_the_same_file(small):
 def test_what_is_no_idx(content):
     with pytest.raises(dlx.BadInput):
         mnist.idx(content, "file")
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """What a server may say instead of a file."""
+
+    def do_GET(self):
+        if self.path.endswith("garbage"):
+            self.wfile.write(b"garbage\r\n\r\n")
+            return
+        self.send_response(200)
+        if self.path.endswith("cut"):
+            self.send_header("Content-Length", "100000")
+        if self.path.endswith("chunk"):
+            self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"ff\r\n<html>moved")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    with http.server.HTTPServer(("127.0.0.1", 0), Answers) as found:
+        thread = threading.Thread(target=found.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{found.server_port}"
+        found.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("file", ["cut", "garbage", "chunk", "page", "page.gz", "page.tar.gz"])
+def test_a_download_that_is_not_the_file_is_not_kept(file, server, home, monkeypatch):
+    monkeypatch.setattr(files.urllib.request, "urlopen", URLOPEN)
+    with pytest.raises(dlx.BadInput, match=f"some: {file} is in none of .* get it from {server}/"):
+        files.find("some", file, f"{server}/{file}", "0" * 64)
+    assert not [path for path in home.rglob("*") if path.is_file()]
+    content = b"ff\r\n<html>moved"
+    sha256 = hashlib.sha256(content).hexdigest()
+    if file in ("page", "page.tar.gz"):
+        path = files.find("some", file, f"{server}/{file}", sha256)
+        assert path == home / "some" / file and path.read_bytes() == content
+
+
+@pytest.mark.parametrize("load", [lambda: mnist.load("mnist"), cifar10.load, multi30k.load])
+def test_a_folder_that_may_not_be_read(load, home, monkeypatch):
+    def refused(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(dlx.BadInput, match=r"cannot be read \(Permission denied\): change") as e:
+        load()
+    assert str(home) in one_line(e)
+
+
+@pytest.mark.parametrize("place", ["data/mnist", "data", "cache/dlx/data/mnist", "cache/dlx/mnist"])
+def test_where_files_are_found(place, home, tmp_path):
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    (folder / "file").write_bytes(b"it")
+    assert files.find("mnist", "file", "http://nowhere/file") == folder / "file"
 
 
 def test_downloads_are_kept(home, monkeypatch):

@@ -449,7 +449,9 @@ def test_names_and_splits(name, split, n, first, home):
     assert (source[0]["label"] - source[0]["x"][0]) % 7 == first % 7
 
 
-@pytest.mark.parametrize("place", ["data", "data/tensorflow_datasets", "cache", "theirs"])
+@pytest.mark.parametrize(
+    "place", ["data", "data/tensorflow_datasets", "cache", "cache/dlx", "theirs"]
+)
 def test_where_sets_are_found(place, home, tmp_path, monkeypatch):
     where = tmp_path / {"cache": "cache/dlx/data"}.get(place, place)
     shutil.copytree(home / "my_set" / "1.9.0", where / "my_set" / "1.9.0")

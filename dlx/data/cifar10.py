@@ -21,6 +21,7 @@ NAMES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"  # of the archive
 FOLDER = "cifar-10-batches-bin"  # of the batches, within the archive too
 # Of each channel over the 50,000 training images, in units of 255.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -65,9 +66,9 @@ def _folder(places: tuple[Path, ...]) -> Path:
     """Where the batches are: unpacked beside the archive, which may have to be downloaded."""
     for place in places:
         for folder in (place / FOLDER, place):
-            if (folder / "data_batch_1.bin").is_file():
+            if files.there(folder / "data_batch_1.bin"):
                 return folder
-    archive = files.find("cifar10", "cifar-10-binary.tar.gz", URL)
+    archive = files.find("cifar10", "cifar-10-binary.tar.gz", URL, SHA256)
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(archive.parent, filter="data")
@@ -80,7 +81,7 @@ def _folder(places: tuple[Path, ...]) -> Path:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     """A batch: rows of one label byte and 3,072 bytes of red, green and blue, row by row."""
-    if not path.is_file():
+    if not files.there(path):
         raise BadInput(f"cifar10: {path} is missing: get the archive from {URL}")
     content = files.payload(path, _DIGESTS[path.name])
     rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32)

@@ -5,35 +5,37 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import http.client
 import os
-import shutil
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dlx.errors import BadInput
 
 
 def folders(name: str, installed: Sequence[str] = ()) -> list[Path]:
-    """Where a data set is looked for: DLX_DATA_DIR/name, DLX_DATA_DIR itself, the cache, and the
+    """Where a data set is looked for: DLX_DATA_DIR/name, DLX_DATA_DIR itself, the caches, and the
     folders of packages that carry it."""
     given = os.environ.get("DLX_DATA_DIR")
     roots = [Path(given) / name, Path(given)] if given else []
-    return [*roots, cache() / name, *map(Path, installed)]
+    return [*roots, *(place / name for place in caches()), *map(Path, installed)]
 
 
-def cache() -> Path:
-    """The user's cache folder, where downloads go where DLX_DATA_DIR is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlx" / "data"
+def caches() -> list[Path]:
+    """The user's cache folders; downloads go to the first where DLX_DATA_DIR is not set."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlx"
+    return [home / "data", home]
 
 
-def find(name: str, file: str, url: str, installed: Sequence[str] = ()) -> Path:
+def find(name: str, file: str, url: str, sha256: str = "", installed: Sequence[str] = ()) -> Path:
     """The path of one of a data set's files, downloaded from `url` where it is nowhere.
 
     Args:
       name: of the data set.
       file: its name as its authors publish it.
       url: the authors' address of the file.
+      sha256: what is downloaded must have it, as of `payload`.
       installed: folders of packages that carry the set.
 
     Raises:
@@ -41,17 +43,19 @@ def find(name: str, file: str, url: str, installed: Sequence[str] = ()) -> Path:
     """
     places = folders(name, installed)
     for place in places:
-        if (place / file).is_file():
+        if there(place / file):
             return place / file
     home = places[0]
-    draft = home / f"{file}.part"
+    draft = home / f"part.{file}"
     try:
         with urllib.request.urlopen(url, timeout=20) as source:
-            home.mkdir(parents=True, exist_ok=True)
-            with open(draft, "wb") as target:
-                shutil.copyfileobj(source, target)
+            content = source.read()  # of a part of the file it raises an error
+        home.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(content)
+        if sha256:
+            payload(draft, sha256)
         draft.replace(home / file)
-    except OSError as e:  # URLError is one
+    except (OSError, http.client.HTTPException, BadInput) as e:  # URLError is an OSError
         with contextlib.suppress(OSError):
             draft.unlink()
         raise BadInput(
@@ -61,17 +65,40 @@ def find(name: str, file: str, url: str, installed: Sequence[str] = ()) -> Path:
     return home / file
 
 
+def there(path: Path) -> bool:
+    """Whether it is a file.
+
+    Raises:
+      BadInput: its folder cannot be looked into.
+    """
+    with readable(path):
+        return path.is_file()
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises BadInput where the system refuses what is asked of a path."""
+    try:
+        yield
+    except OSError as e:
+        raise BadInput(
+            f"{path} cannot be read ({e.strerror}): change its permissions, or DLX_DATA_DIR"
+        ) from e
+
+
 def payload(path: Path, sha256: str) -> bytes:
     """A file's content, decompressed where its name ends in .gz, if it is the known one.
 
-    The digest is of the content: a .gz of the same content may differ by name and time.
+    The digest is of the content: a .gz of the same content may differ by name and time. A .tar.gz
+    is left as it is.
 
     Raises:
       BadInput: it cannot be read, or is another one.
     """
+    packed = path.suffix == ".gz" and not path.stem.endswith(".tar")
     try:
         content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        content = gzip.decompress(content) if packed else content
     except (OSError, EOFError, gzip.zlib.error) as e:  # type: ignore[attr-defined]
         raise BadInput(f"{path} cannot be read ({e}): remove it and get it anew") from e
     found = hashlib.sha256(content).hexdigest()

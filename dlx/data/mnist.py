@@ -81,7 +81,7 @@ def _load(name: str, places: tuple) -> dict[str, dict[str, np.ndarray]]:
     url, installed, digests = _SETS[name]
 
     def read(file: str) -> np.ndarray:
-        path = files.find(name, f"{file}.gz", f"{url}{file}.gz", installed)
+        path = files.find(name, f"{file}.gz", f"{url}{file}.gz", digests[file], installed)
         return idx(files.payload(path, digests[file]), str(path))
 
     def part(prefix: str, rows: slice) -> dict[str, np.ndarray]:

@@ -44,9 +44,10 @@ def _load(places: tuple[Path, ...]) -> dict[str, Lines]:
 
     def read(file: str) -> tuple[str, ...]:
         """Plain, as people keep it, or packed, as the authors publish it."""
-        plain = [place / file for place in places if (place / file).is_file()]
-        path = plain[0] if plain else files.find("multi30k", f"{file}.gz", f"{URL}{file}.gz")
-        text = files.payload(path, _DIGESTS[file]).decode("utf-8")
+        plain = [place / file for place in places if files.there(place / file)]
+        where, digest = f"{file}.gz", _DIGESTS[file]
+        path = plain[0] if plain else files.find("multi30k", where, URL + where, digest)
+        text = files.payload(path, digest).decode("utf-8")
         return tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
 
     def part(name: str) -> Lines:

@@ -37,7 +37,7 @@ def _load(places: tuple) -> text.Text:
     """`places` only tells the cache apart: another DLX_DATA_DIR is another answer."""
 
     def read(file: str, sha256: str) -> str:
-        content = files.payload(files.find(NAME, file, URL + file), sha256).decode("ascii")
+        content = files.payload(files.find(NAME, file, URL + file, sha256), sha256).decode("ascii")
         return content.replace("\n", f" {EOS} ")
 
     parts = [read(file, sha256) for file, sha256 in DIGESTS.items()]

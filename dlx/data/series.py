@@ -78,7 +78,8 @@ def _load(name: str, places: tuple) -> Series:
     file, url, inside, digest, ends = _SETS[name]
     package = importlib.util.find_spec("statsmodels") if inside else None
     roots = (package.submodule_search_locations if package else None) or ()
-    path = files.find(name, file, url + file, [str(Path(root) / inside) for root in roots])
+    installed = [str(Path(root) / inside) for root in roots]
+    path = files.find(name, file, url + file, digest, installed)
     time, values, columns = parse(files.payload(path, digest), str(path))
     return Series(time[: ends[-1]], values[: ends[-1]], columns, ends)
 

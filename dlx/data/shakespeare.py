@@ -30,7 +30,7 @@ def load() -> text.Text:
 @functools.cache
 def _load(places: tuple) -> text.Text:
     """`places` only tells the cache apart: another DLX_DATA_DIR is another answer."""
-    content = files.payload(files.find(NAME, "input.txt", URL), SHA256).decode("ascii")
+    content = files.payload(files.find(NAME, "input.txt", URL, SHA256), SHA256).decode("ascii")
     vocabulary = text.Vocabulary(tuple(CHARACTERS))
     tokens = vocabulary.encode(content)
     a, b = (int(share * len(tokens)) for share in SPLIT)

@@ -58,11 +58,11 @@ def arrays(name: str, split: str, data_dir: str | Path | None = None) -> dict[st
 
 
 def roots() -> list[Path]:
-    """Where prepared sets are looked for: DLX_DATA_DIR, the cache, and the folder of
+    """Where prepared sets are looked for: DLX_DATA_DIR, the caches, and the folder of
     tensorflow-datasets (TFDS_DATA_DIR or ~/tensorflow_datasets)."""
     theirs = os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
     given = os.environ.get("DLX_DATA_DIR")
-    ours = [*([Path(given)] if given else []), files.cache()]
+    ours = [*([Path(given)] if given else []), *files.caches()]
     return [*(folder for x in ours for folder in (x, x / "tensorflow_datasets")), Path(theirs)]
 
 
