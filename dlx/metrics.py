@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlx import sharding
+from dlx import examples, sharding
 from dlx.errors import BadInput
 
 
@@ -105,13 +105,16 @@ def evaluator(
       batch_size: B, rounded up to a multiple of the devices; the last batch is padded with its
         first row and masked.
 
+    Raises:
+      BadInput: batch_size is no whole number or below 1; when it is called, what `padded` refuses.
+
     >>> mean = evaluator(lambda state, batch: {"x": batch["x"]}, {"x": np.arange(5.0)}, 2)
     >>> mean(None)
     {'x': 2.0}
     """
 
-    def opened() -> Examples:
-        return arrays() if callable(arrays) else arrays
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise BadInput(f"batch_size is {batch_size!r}: give a whole number, 1 or more")
 
     @jax.jit
     def sums(state, batch, mask):
@@ -135,7 +138,7 @@ def evaluator(
         mesh = jax.sharding.get_mesh()  # set by fit: unsharded, every device would do all the work
         shares = 1 if mesh.empty else sharding.shares(mesh)
         size = -(-batch_size // shares) * shares
-        for batch, mask in padded(opened(), size):
+        for batch, mask in padded(examples.opened(arrays), size):
             if not mesh.empty:
                 held = sharding.rows(mesh)(size)
                 mine = {k: v[held] for k, v in batch.items()}
@@ -147,7 +150,7 @@ def evaluator(
 
     def names(state: Any) -> list[str]:
         """The metrics, from the state's shapes alone: opens the data, compiles nothing."""
-        one = next(padded(opened(), 1))
+        one = next(padded(examples.opened(arrays), 1))
         batch, mask = jax.tree.map(lambda x: np.broadcast_to(x, (batch_size, *x.shape[1:])), one)
         return list(jax.eval_shape(sums, state, batch, mask))
 
@@ -158,16 +161,21 @@ def evaluator(
 def padded(arrays: Examples, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Batches of one fixed size in order, each with its (B,) float32 mask: 0 where padded.
 
-    Of a source the next batch is read while this one is used.
+    Of a source the next batch is read while this one is used; its examples become the numbers that
+    training gets of them.
+
+    Raises:
+      BadInput: empty, ragged, no numbers, or examples that differ.
     """
-    n = len(next(iter(arrays.values())) if isinstance(arrays, Mapping) else arrays)
-    if n == 0:
-        raise BadInput("the evaluation set is empty: there is nothing to measure")
+    name = "the evaluation set"
+    table = isinstance(arrays, Mapping)
+    found: Any = examples.table(arrays, name) if table else examples.source(arrays, name)
+    n = len(next(iter(found.values())) if table else found)
     indices = (np.arange(at, min(at + batch_size, n)) for at in range(0, n, batch_size))
-    if isinstance(arrays, Mapping):
-        batches: Any = ({k: v[index] for k, v in arrays.items()} for index in indices)
+    if table:
+        batches: Any = ({k: v[index] for k, v in found.items()} for index in indices)
     else:
-        batches = _read(arrays, indices)
+        batches = _read(found, indices)
     with contextlib.closing(batches):
         for batch in batches:
             count = len(next(iter(batch.values())))
@@ -179,12 +187,17 @@ def padded(arrays: Examples, batch_size: int) -> Iterator[tuple[dict[str, np.nda
 def _read(source: Source, indices: Iterator[np.ndarray]) -> Generator[dict[str, Any], None, None]:
     pool = ThreadPoolExecutor(os.cpu_count())
 
+    def number(i: int) -> dict[str, np.ndarray]:
+        return examples.numbers(source[i], f"example {i}")
+
     def ask(index: np.ndarray) -> list[Any]:
-        return [pool.submit(source.__getitem__, i) for i in index.tolist()]
+        return [(f"example {i}", pool.submit(number, i)) for i in index.tolist()]
 
     def stacked(asked: list[Any]) -> dict[str, np.ndarray]:
-        rows = [x.result() for x in asked]
-        return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+        out = examples.empty(len(asked), asked[0][1].result())
+        for row, (name, found) in enumerate(asked):
+            examples.put(out, row, found.result(), name)
+        return out
 
     try:
         asked = ask(next(indices))

@@ -18,7 +18,8 @@ import pytest
 
 import dlx
 from dlx import checkpoint, metrics, runs
-from dlx.data import arrays
+from dlx.data import arrays, stream
+from dlx.tasks import classifier
 from experiments import digits_cnn
 
 SMALL = "--preset test --steps 4 --log-every 2 --eval-every 2 --save-every 2"
@@ -174,8 +175,36 @@ def check(classes=3, **changes):
     return lambda: arrays.check(batch(**changes), "digits (train)", classes)
 
 
-def first_batch(batch_size):
-    return lambda: next(arrays.batches(batch(), batch_size, 0)(0, lambda n: slice(0, n)))
+def first_batch(batch_size, given=None, **changes):
+    given = batch(**changes) if given is None else given
+    return lambda: next(arrays.batches(given, batch_size, 0)(0, lambda n: slice(0, n)))
+
+
+def labelled(classes, **changes):
+    """arrays.batches that knows the classes."""
+    data = arrays.batches(lambda: batch(**changes), 2, 0, classes)
+    return lambda: next(data(0, lambda n: slice(0, n)))
+
+
+def classified(**changes):
+    """The classifier of experiments, on data that its reader has not checked."""
+    made = classifier.experiment(
+        None, optax.sgd(0.1), lambda: {"train": batch(**changes)}, shape=(4, 4, 1), names="abc",
+        batch_size=2, seed=0,
+    )  # fmt: skip
+    return lambda: next(made.data(0, lambda n: slice(0, n)))
+
+
+def streamed(classes=None, **changes):
+    """Example 1 of three is another one."""
+    source = [{"x": 0.5, "label": i} | (changes if i == 1 else {}) for i in range(3)]
+    data = stream.batches(source, 3, 0, threads=0, classes=classes)
+    return lambda: next(data(0, lambda n: slice(0, n)))
+
+
+def measured(given, batch_size=4):
+    """An evaluation of `given`."""
+    return lambda: metrics.evaluator(lambda state, b: {"x": b["x"]}, given, batch_size)(None)
 
 
 def fit(run=None, step=None, **changes):
@@ -467,8 +496,91 @@ CASES = {
     "lengths that differ": case(
         check(label=np.zeros(5, int)), "'image': 6", "'label': 5", "row an example"
     ),
+    "images without pixels": case(
+        check(image=np.zeros((6, 0, 0, 1))), "(6, 0, 0, 1)", "(N, height, width, channels)"
+    ),
+    **{
+        f"nan in {np.dtype(dtype)}": case(
+            check(image=spoiled(np.nan).astype(dtype)), "image", "row 4", "remove or mend"
+        )
+        for dtype in (jnp.bfloat16, np.float16, np.complex64)
+    },
+    **{
+        f"rows of {kind}": case(
+            check(extra=np.zeros(6, dtype)), "extra has dtype", "must be numbers"
+        )
+        for kind, dtype in {
+            "records": [("a", "i4"), ("b", "f4")], "bytes": "V5", "text": "U3", "dates": "M8[D]",
+            "hours": "m8[h]",
+        }.items()
+    },
+    "lists that differ in length": case(
+        lambda: arrays.check({"x": [1, 2], "y": [1]}, "mine"), "'x': 2", "'y': 1", "mine"
+    ),
+    "ragged lists": case(lambda: arrays.check({"x": [[1], [1, 2]]}, "mine"), "mine: x", "ragged"),
+    "a split too many": case(
+        lambda: arrays.check({"train": batch()}, "mine"), "train is a dict", "row an example"
+    ),
+    "batches of nothing at all": case(first_batch(2, {}), "data is empty", "at least one"),
+    "batches of no examples": case(
+        first_batch(2, {"x": np.zeros((0, 3))}), "data is empty", "at least one"
+    ),
+    "batches of an array": case(first_batch(2, np.zeros(6)), "a ndarray", "give {name: array}"),
+    "batches of a tuple": case(first_batch(2, (1, 2)), "a tuple", "give {name: array}"),
+    "batches of None": case(first_batch(2, lambda: None), "a NoneType", "{name: array}"),
+    "batches, the first array short": case(
+        first_batch(2, label=np.zeros(9, int)), "'image': 6", "'label': 9", "row an example"
+    ),
+    "batches, the first array long": case(
+        first_batch(2, label=np.zeros(5, int)), "'image': 6", "'label': 5", "row an example"
+    ),
+    "batches of objects": case(
+        first_batch(2, label=np.array([None] * 6)), "label", "object", "one array"
+    ),
+    "batches of text": case(first_batch(2, label=["cat"] * 6), "label", "<U3", "must be numbers"),
+    "batches of nan": case(first_batch(2, image=spoiled(np.nan)), "image", "row 4", "mend"),
+    "batches of label -1": case(
+        first_batch(2, label=np.arange(6) - 1), "label -1", "labels begin at 0"
+    ),
+    "half an example a batch": case(first_batch(2.5), "batch_size is 2.5", "whole number"),
+    "a batch of 2.0": case(first_batch(2.0), "batch_size is 2.0", "whole number"),
+    "batches of label 3": case(labelled(3, label=np.arange(6) % 4), "label 3", "from 0 to 2"),
+    "batches of float labels": case(labelled(3, label=np.zeros(6)), "float64", "must be integer"),
+    "batches of a column of labels": case(
+        labelled(3, label=np.zeros((6, 1), int)), "(6, 1)", "(N,)"
+    ),
+    "a classifier of label 3": case(
+        classified(label=np.arange(6) % 4), "label 3", "from 0 to 2"
+    ),
+    "a stream of nan": case(streamed(x=np.nan), "example 1,", "x is not finite", "mend"),
+    "a stream of label -1": case(streamed(label=-1), "example 1,", "label -1", "begin at 0"),
+    "a stream of label 3": case(streamed(3, label=3), "example 1,", "label 3", "from 0 to 2"),
+    "a stream of float labels": case(
+        streamed(3, label=1.0), "example 1,", "float32", "must be integer"
+    ),
+    "a stream of one-hot labels": case(streamed(3, label=[0, 1, 0]), "example 1,", "(3,)", "()"),
     "an empty evaluation": case(
         lambda: evaluation(x=np.zeros(0))["validation"](np.zeros(3)), "evaluation set is empty"
+    ),
+    "an evaluation of no examples": case(measured([]), "evaluation set is empty"),
+    "an evaluation of a number": case(measured(7), "evaluation set is a int", "len(source)"),
+    "an evaluation, the first array short": case(
+        measured({"x": np.zeros(5), "y": np.zeros(9)}), "'x': 5", "'y': 9", "row an example"
+    ),
+    "an evaluation, the first array long": case(
+        measured({"x": np.zeros(9), "y": np.zeros(5)}), "'x': 9", "'y': 5", "row an example"
+    ),
+    "an evaluation of text": case(
+        measured([{"x": 1.0, "text": "a cat"}] * 3), "example 0: text", "no number", "leave it out"
+    ),
+    "an evaluation of unlike examples": case(
+        measured([{"x": 1.0}, {"x": [1.0]}]), "example 1: x", "float32[1]", "make them alike"
+    ),
+    "an evaluation in batches of none": case(
+        measured({"x": np.zeros(9)}, 0), "batch_size is 0", "1 or more"
+    ),
+    "an evaluation in batches of 2.5": case(
+        measured({"x": np.zeros(9)}, 2.5), "batch_size is 2.5", "whole number"
     ),
     # dlx.Run
     **{

@@ -145,6 +145,31 @@ def test_lazy_arrays_are_opened_with_the_stream():
     assert opened == [1]
 
 
+def test_lists_are_arrays():
+    batch = next(arrays.batches({"x": [[1, 2], [3, 4]], "label": [0, 1]}, 2, 0)(0, everything))
+    assert batch["x"].shape == (2, 2) and sorted(batch["label"].tolist()) == [0, 1]
+    assert arrays.check({"label": [0, 2, 1]}, "some", 3)["label"].tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("row", [0, 1023, 1024, 2999])
+def test_a_row_that_is_not_finite_is_found(row):
+    x = np.zeros((3000, 2), np.float32)
+    x[row, 1] = np.inf
+    with pytest.raises(dlx.BadInput, match=f"x is not finite in row {row}: "):
+        next(arrays.batches({"x": x}, 2, 0)(0, everything))
+
+
+def test_labels_of_another_kind_are_let_be():
+    """Of one-hot labels and flat images only the model knows what to make."""
+    given = {"label": np.eye(3), "image": np.zeros((3, 64), jnp.bfloat16), "mask": np.ones(3, bool)}
+    batch = next(arrays.batches(given, 2, 0)(0, everything))
+    assert {k: v.shape for k, v in batch.items()} == {
+        "label": (2, 3),
+        "image": (2, 64),
+        "mask": (2,),
+    }
+
+
 def test_check_returns_what_it_was_given():
     image, label = np.zeros((3, 2, 2, 1), np.float32), np.array([0, 2, 1], np.int32)
     found = arrays.check({"image": image, "label": label}, "some", 3)

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 import dlx
 from dlx import metrics
+from dlx.data import stream
 
 N = 13
 RNG = np.random.default_rng(0)
@@ -137,6 +139,30 @@ def test_lazy_arrays_are_opened_when_they_are_needed():
     assert not opened
     assert evaluate(jnp.float32(3)) == EXACT
     assert opened
+
+
+def test_lists_are_arrays():
+    lists = {k: v.tolist() for k, v in ARRAYS.items()}
+    assert metrics.evaluator(measure, lists, 5)(jnp.float32(3)) == EXACT
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB"])
+def test_an_evaluation_sees_what_training_sees(mode):
+    """Images of Pillow, numbers of Python and lists, of the same shapes and dtypes."""
+    grey = RNG.integers(0, 256, (N, 4, 3), np.uint8)
+    rows = [
+        {"image": PIL.Image.fromarray(x).convert(mode), "label": i, "z": [0.5, np.float64(i)]}
+        for i, x in enumerate(grey)
+    ]
+    trained = stream.batches(rows, N, 0)(0, lambda n: slice(0, n))
+    batch = next(trained)
+    trained.close()
+    ((found, mask),) = metrics.padded(rows, N)
+    assert mask.all() and found.keys() == batch.keys()
+    order = np.argsort(batch["label"])
+    for key, values in batch.items():
+        assert found[key].dtype == values.dtype
+        np.testing.assert_array_equal(found[key], values[order])
 
 
 def test_many_evaluations_compile_once():

@@ -82,10 +82,11 @@ def allowed(module):
     rooms = {
         "errors": (),
         "experiment": ("dlx.errors",),
-        "metrics": ("dlx.sharding", "dlx.errors"),
+        "examples": ("dlx.errors",),
+        "metrics": ("dlx.sharding", "dlx.examples", "dlx.errors"),
         "models": ("dlx.nn", "dlx.errors"),
         "nn": ("dlx.nn", "dlx.errors"),
-        "data": ("dlx.data", "dlx.errors"),
+        "data": ("dlx.data", "dlx.examples", "dlx.errors"),
         **dict.fromkeys(("checkpoint", "sharding", "step", "guard"), ("dlx.errors",)),
     }
     return rooms.get(parts[1])
@@ -173,6 +174,7 @@ def test_the_walk_sees_everything():
         ("dlx.guard", "from dlx import checkpoint"),
         ("dlx.step", "from dlx.metrics import means"),
         ("dlx.metrics", "from dlx import step"),
+        ("dlx.examples", "from dlx.data import arrays"),
         ("dlx.runs", "from orbax.checkpoint import v1"),
         ("dlx.runs", "from experiments import digits_cnn"),
         ("dlx.step", "from flax import linen"),

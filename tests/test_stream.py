@@ -17,6 +17,7 @@ import PIL.Image
 import pytest
 
 import dlx
+from dlx import examples
 from dlx.data import arrays, files, mnist, stream, tfds
 from tests import test_sets
 
@@ -227,7 +228,7 @@ def test_numbers_become_those_of_jax():
         "grey": PIL.Image.new("L", (4, 3)), "colour": PIL.Image.new("RGB", (4, 3)),
         "palette": palette,
     }  # fmt: skip
-    found = stream.numbers(example, "it")
+    found = examples.numbers(example, "it")
     assert {k: (str(v.dtype), v.shape) for k, v in found.items()} == {
         "float": ("float32", ()), "int": ("int32", ()), "bool": ("bool", ()),
         "list": ("int32", (2,)), "floats": ("float32", (1, 2)),
@@ -429,7 +430,7 @@ def test_a_set_that_nobody_has_heard_of(home, capfd):
 
 def test_it_is_streamed_in_the_one_order(home):
     source = tfds.source("my_set", "train")
-    whole = stream.stack((source[i] for i in range(40)), 40, "whole")
+    whole = examples.stack((source[i] for i in range(40)), 40, "whole")
     wanted = take(arrays.batches(whole, 12, 3), 7)
     same(take(stream.batches(lambda: tfds.source("my_set", "train"), 12, 3), 7), wanted)
 

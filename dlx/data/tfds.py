@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from dlx.data import arrays as arrays_lib
-from dlx.data import files, stream
+from dlx.data import files
 from dlx.errors import BadInput
+from dlx.examples import stack
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 
@@ -52,7 +53,7 @@ def arrays(name: str, split: str, data_dir: str | Path | None = None) -> dict[st
     """
     builder = _builder(name, data_dir)
     examples = _decoded(builder, name, split)
-    found = stream.stack((examples[i] for i in range(len(examples))), len(examples), name)
+    found = stack((examples[i] for i in range(len(examples))), len(examples), name)
     label = dict(builder.info.features.items()).get("label")
     return arrays_lib.check(found, name, getattr(label, "num_classes", None))
 

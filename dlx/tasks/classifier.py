@@ -80,7 +80,7 @@ def experiment(
     return Experiment(
         init=init,
         step=make_step(loss_fn, tx, ema=ema),
-        data=arrays.batches(part(train), batch_size, seed),
+        data=arrays.batches(part(train), batch_size, seed, len(names) or None),
         evals=evals,
         test=metrics.evaluator(measure, part("test"), eval_batch),
         pictures=shown,
