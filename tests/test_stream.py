@@ -1,5 +1,6 @@
 """Data beyond memory: one order for all sources, whatever reads them; prepared sets by name."""
 
+import errno
 import gzip
 import hashlib
 import io
@@ -17,7 +18,7 @@ import PIL.Image
 import pytest
 
 import dlx
-from dlx import examples
+from dlx import examples, metrics
 from dlx.data import arrays, files, mnist, stream, tfds
 from tests import test_sets
 
@@ -475,7 +476,9 @@ def test_a_small_set_as_arrays(home):
 @pytest.mark.parametrize(
     ("name", "split", "words"),
     [
-        ("nowhere", "train", ["nowhere is not prepared", "DLX_DATA_DIR", "array_record", "theirs"]),
+        ("nowhere", "train", ["nowhere is not prepared", "DLX_DATA_DIR", "array_record", "theirs",
+                              "https://tensorflow.org/datasets/catalog/nowhere"]),
+        ("my_set", "test[:0]", ["my_set: the split 'test[:0]' is empty"]),
         ("my_set:3.0.0", "train", ["my_set:3.0.0 is not prepared", "has 1.10.0, 1.9.0"]),
         ("my_configs", "train", ["my_configs is not prepared", "my_configs/CONFIG", "small"]),
         ("../my_set", "train", ["'../my_set' is no name"]),
@@ -483,11 +486,75 @@ def test_a_small_set_as_arrays(home):
         ("my_set", "validation", ["my_set has no split 'validation'", "train", "test"]),
         ("my_set", "train[:x]", ["my_set has no split 'train[:x]'"]),
     ],
-)
+)  # fmt: skip
 def test_what_is_not_there_is_told(name, split, words, home):
     with pytest.raises(dlx.BadInput) as e:
         tfds.source(name, split)
     assert all(word in one_line(e) for word in words), e.value
+
+
+def test_the_line_of_a_missing_set_is_short(monkeypatch):
+    """The command line cuts what has 200 characters or more."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DLX_DATA_DIR", "/data")
+    for name in ("XDG_CACHE_HOME", "TFDS_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(dlx.BadInput, match=r"in /data, /home/me/.cache/dlx, /home/me/t\w+: ") as e:
+        tfds.source("imagenet2012", "train")
+    assert len(f"error: {one_line(e)}") < 200
+
+
+def test_a_folder_of_sets_that_may_not_be_read(home, monkeypatch):
+    def refused(self, pattern):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "glob", refused)
+    with pytest.raises(dlx.BadInput, match=r"my_set cannot be read \(Permission denied\): ") as e:
+        tfds.source("my_set", "train")
+    assert str(home) in one_line(e)
+
+
+def harmed(harm):
+    """A file of records -> the same with this harm."""
+
+    def change(path):
+        content = path.read_bytes()
+        middle = len(content) // 2
+        if harm == "missing":
+            path.unlink()
+        elif harm == "cut off":
+            path.write_bytes(content[:middle])
+        elif harm == "an image":  # its PNG; the record as such is whole
+            from array_record.python import array_record_module as records
+
+            reader = records.ArrayRecordReader(str(path))
+            rows = reader.read_all()
+            reader.close()
+            writer = records.ArrayRecordWriter(str(path), "group_size:1")
+            for row in rows:
+                writer.write(row.replace(b"IDAT", b"iDOT"))
+            writer.close()
+        else:
+            path.write_bytes(bytes(200) + content[200:])
+
+    return change
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut off", "its head", "an image"])
+def test_a_damaged_set_is_told(harm, home, tmp_path, monkeypatch):
+    """In training and in evaluation, whichever example comes first."""
+    folder = tmp_path / "data" / "my_set" / "1.9.0"
+    shutil.copytree(home / "my_set" / "1.9.0", folder)
+    (records,) = folder.glob("*-train.array_record*")
+    harmed(harm)(records)
+    monkeypatch.setenv("DLX_DATA_DIR", str(tmp_path / "data"))
+    source = tfds.source("my_set", "train")
+    evaluate = metrics.evaluator(lambda state, batch: {"x": batch["label"]}, source, 40)
+    for read in (lambda: take(stream.batches(source, 40, 5), 1), lambda: evaluate(None),
+                 lambda: tfds.arrays("my_set", "train")):  # fmt: skip
+        with pytest.raises(dlx.BadInput, match=r"^my_set \(train\): example \d+ cannot be") as e:
+            read()
+        assert one_line(e).endswith(f"prepare {folder} anew")
 
 
 def test_a_set_in_another_format_is_told(home, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ How to prepare a set of your own: `dlx.data.tfds_fashion` is the pattern to copy
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 from collections.abc import Mapping
@@ -37,7 +38,8 @@ def source(name: str, split: str, data_dir: str | Path | None = None) -> Any:
       `len(it)` and `it[i]` -> {feature: array or number}.
 
     Raises:
-      BadInput: the set is not prepared there, or not as array_record; there is no such split.
+      BadInput: the set is not prepared there, or not as array_record; there is no such split, or it
+        is empty; a file or an example is damaged, when it is read.
     """
     return _decoded(_builder(name, data_dir), name, split)
 
@@ -75,16 +77,22 @@ def _builder(name: str, data_dir: str | Path | None) -> Any:
     path, _, version = name.partition(":")
     if not path or Path(path).is_absolute() or ".." in Path(path).parts:
         raise BadInput(f"{name!r} is no name of a set: write my_set, my_set/config or my_set:1.0.0")
-    how = "builder.download_and_prepare(file_format='array_record')"
-    valid, other = tfds.core.Version.is_valid, ""
+    valid = tfds.core.Version.is_valid
+    # One line has no room for places within others.
+    where = f" in {', '.join(str(p) for p in places if p.parent not in places)}"
+    fix = f"see https://tensorflow.org/datasets/catalog/{path}, or set DLX_DATA_DIR"
     for place in places:
         home = place / path
-        found = [p.parent for p in home.glob("*/dataset_info.json") if valid(p.parent.name)]
+        with files.readable(home):
+            found = [p.parent for p in home.glob("*/dataset_info.json") if valid(p.parent.name)]
+            inner = {p.parent.parent.name for p in home.glob("*/*/dataset_info.json")}
         if version and found:
-            other = f" ({home} has {', '.join(sorted(folder.name for folder in found))})"
+            where = f" ({home} has {', '.join(sorted(folder.name for folder in found))})"
+            fix = "name one of these, or none"
             found = [folder for folder in found if folder.name == version]
-        if configs := sorted({p.parent.parent.name for p in home.glob("*/*/dataset_info.json")}):
-            other = f" ({home} has the configurations {', '.join(configs)}: write {path}/CONFIG)"
+        if inner:
+            where = f" ({home} has the configurations {', '.join(sorted(inner))})"
+            fix = f"write {path}/CONFIG"
         if not found:
             continue
         folder = max(found, key=lambda folder: tfds.core.Version(folder.name))
@@ -92,33 +100,54 @@ def _builder(name: str, data_dir: str | Path | None) -> Any:
         formats = sorted(x.value for x in builder.info.available_file_formats())
         if "array_record" in formats:
             return builder
-        other = f" (in {folder} it is {' and '.join(formats)})"
-    raise BadInput(
-        f"{name} is not prepared as array_record in {', '.join(map(str, places))}{other}: prepare "
-        f"it with {how}, or set DLX_DATA_DIR to the folder that holds {path}/VERSION"
-    )
+        where = f" (in {folder} it is {' and '.join(formats)})"
+        fix = "prepare it with builder.download_and_prepare(file_format='array_record')"
+    raise BadInput(f"{name} is not prepared as array_record{where}: {fix}")
 
 
 def _decoded(builder: Any, name: str, split: str) -> Any:
     import grain
     import tensorflow_datasets as tfds
 
-    features: Any = builder.info.features
-    images = {key: feature.shape[-1] for key, feature in features.items() if _is_image(feature)}
     try:
-        raw: Any = builder.as_data_source(
-            split,
-            decoders={key: tfds.decode.SkipDecoding() for key in images},
-            file_format="array_record",
-        )
-    except (ValueError, AssertionError) as e:
+        n = builder.info.splits[split].num_examples
+    except (KeyError, ValueError) as e:
         splits = ", ".join(builder.info.splits)
         raise BadInput(f"{name} has no split {split!r}: it has {splits}, and train[:90%]") from e
+    if n < 1:
+        raise BadInput(f"{name}: the split {split!r} is empty: it needs at least one example")
+    features: Any = builder.info.features
+    images = {key: feature.shape[-1] for key, feature in features.items() if _is_image(feature)}
+    raw: Any = builder.as_data_source(
+        split,
+        decoders={key: tfds.decode.SkipDecoding() for key in images},
+        file_format="array_record",
+    )
+    examples = _Examples(raw, images, f"{name} ({split})", builder.data_dir)
+    return grain.MapDataset.source(examples)
 
-    def decode(example: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: _pixels(v, images[k]) if k in images else v for k, v in example.items()}
 
-    return grain.MapDataset.source(raw).map(decode)
+@dataclasses.dataclass(frozen=True)
+class _Examples:
+    raw: Any
+    images: Mapping[str, int | None]  # channels
+    name: str
+    folder: str | Path
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return {
+                k: _pixels(v, self.images[k]) if k in self.images else v
+                for k, v in self.raw[index].items()
+            }
+        except Exception as e:  # Riegeli, protocol buffers and Pillow each have their own
+            why = " ".join(str(e).split())[:60]
+            raise BadInput(
+                f"{self.name}: example {index} cannot be read ({why}): prepare {self.folder} anew"
+            ) from e
 
 
 def _is_image(feature: Any) -> bool:
