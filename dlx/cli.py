@@ -449,11 +449,13 @@ def _summary(name, build, config, flags, folder, preset) -> None:
 
     from dlx import runs, sharding, summary
 
-    rows = sharding.rows(sharding.make_mesh(flags.mesh))
+    mesh = sharding.make_mesh(flags.mesh)
+    rows = sharding.rows(mesh)
     state = None
     for place, _, make in runs.phases(build(config), config, folder):
         experiment = make(state)
         batch = next(iter(experiment.data(0, rows))) if experiment.data else {}
+        sharding.check_batch(sharding.whole(batch, mesh), mesh)
         print(f"{name}{'' if place == folder else ' ' + place.name}, preset {preset}")
         print(summary.summary(experiment, batch, given=state), end="\n\n")
         state = jax.eval_shape(experiment.init, jax.random.key(0), state)

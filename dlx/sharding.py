@@ -48,6 +48,8 @@ def make_mesh(spec: str = "", devices: Sequence[Any] | None = None) -> Mesh:
         if not size.isdecimal() or int(size) < 1:
             raise BadInput(f"mesh size {part!r} is no positive number: write {axis}=2")
         sizes[axis] = int(size)
+    if spec and not named:
+        raise BadInput(f"mesh {spec!r} names no axis: write it like data=4,fsdp=2")
     if math.prod(sizes.values()) != len(devices):
         shape = " x ".join(f"{a}={n}" for a, n in sizes.items())
         raise BadInput(

@@ -331,6 +331,10 @@ CASES = {
     "axes of 6": case(
         f"{TRAIN} --mesh data=3,fsdp=2", "data=3 x fsdp=2", "6 devices", "8 (cpu)", "--mesh"
     ),
+    "a mesh of nothing": case(f"{TRAIN} --mesh ,", "','", "names no axis", "data=4,fsdp=2"),
+    "a summary of a batch that does not divide": case(
+        "summary --preset test --batch-size 30", "batch of 30", "data x fsdp = 8", "multiple of 8"
+    ),
     "batch that does not divide": case(
         f"{TRAIN} --mesh data=8 --batch-size 30", "batch of 30", "data x fsdp = 8", "multiple of 8"
     ),
