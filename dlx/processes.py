@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
       process: which this one is, from 0.
 
     Raises:
-      BadInput: the three do not go together.
+      BadInput: the three do not go together, or the port is in use.
     """
     if jax.distributed.is_initialized():
         return
@@ -52,12 +53,17 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
             f"coordinator {coordinator!r}, processes {processes} and process {process} belong "
             "together: give all three, or none"
         )
-    if not re.fullmatch(r"\S+:\d{1,5}", coordinator):
+    address = re.fullmatch(r"\S+:(\d{1,5})", coordinator)
+    if not address:
         raise BadInput(f"coordinator {coordinator!r} is no address: write HOST:PORT of process 0")
+    if not 1 <= (port := int(address[1])) <= 65535:
+        raise BadInput(f"coordinator {coordinator!r} has port {port}: give one from 1 to 65535")
     if processes < 1:
         raise BadInput(f"processes is {processes}: it must be at least 1")
     if not 0 <= process < processes:
         raise BadInput(f"process is {process}: of {processes} they are 0 to {processes - 1}")
+    if process == 0:
+        _check_port(port)
     jax.distributed.initialize(
         coordinator,
         processes,
@@ -65,6 +71,17 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
         cluster_detection_method="deactivate",  # else SLURM's would choose the devices
         shutdown_timeout_seconds=SHUTDOWN,
     )
+
+
+def _check_port(port: int) -> None:
+    """A port that is in use is a line here; in JAX it is a segmentation fault."""
+    both = socket.has_dualstack_ipv6()  # as JAX opens it: on all addresses
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as e:
+        why = os.strerror(e.errno or 0)
+        raise BadInput(f"port {port} cannot be had ({why}): give all processes another") from e
 
 
 def _slurm() -> bool:

@@ -345,6 +345,9 @@ CASES = {
         f"{TRAIN} --coordinator localhost:1234", "'localhost:1234'", "processes 0", "all three"
     ),
     "processes alone": case(f"{TRAIN} --processes 2", "processes 2", "process -1", "all three"),
+    "a coordinator of no port": case(
+        f"{TRAIN} --coordinator host:99999 --processes 2 --process 0", "99999", "1 to 65535"
+    ),
     "a coordinator without a port": case(
         f"{TRAIN} --coordinator host --processes 2 --process 0", "'host'", "HOST:PORT"
     ),

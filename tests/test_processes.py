@@ -321,5 +321,16 @@ def test_flags_come_before_variables(started, monkeypatch):
     assert [a for a, _ in started] == [("host:1234", 4, 3)]
 
 
+def test_a_port_in_use_is_told(started):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(dlx.BadInput, match=rf"port {port} cannot be had \(.* in use\): give"):
+            processes.start(f"127.0.0.1:{port}", 2, 0)
+        assert started == []
+        processes.start(f"127.0.0.1:{port}", 2, 1)  # process 0 opens it, not this one
+    processes.start(f"127.0.0.1:{port}", 2, 0)
+    assert [a[2] for a, _ in started] == [1, 0]
+
+
 if __name__ == "__main__":
     child(*sys.argv[1:])
