@@ -89,13 +89,16 @@ def main(
 
 
 def _main(config_class, build, presets, args, whole_process) -> int:
-    from dlx import guard
+    from dlx import guard, processes
 
     with guard.signals(whole_process):
         name = _name(build)
         command, config, flags = parse(config_class, presets, args, name)
         _setup(flags)
         folder = Path(flags.workdir or Path("runs") / name)
+        asked = {"experiment": name, "command": command, "workdir": str(folder.absolute())}
+        asked |= {k: getattr(flags, k) for k in ("seeds", "mesh", "split")}
+        processes.alike(guard.flat(asked | dataclasses.asdict(config)))
         seeds = _seeds(flags.seeds)
         for seed in [None] if seeds is None else seeds:
             place, chosen = folder, config
@@ -300,9 +303,13 @@ def _setup(flags: Flags) -> None:
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if flags.data_dir:
-        if not Path(flags.data_dir).is_dir():
+
+    def check_data() -> None:
+        if flags.data_dir and not Path(flags.data_dir).is_dir():
             raise BadInput(f"data_dir {flags.data_dir!r} is no folder: correct it")
+
+    processes.agreed(check_data)
+    if flags.data_dir:
         os.environ["DLX_DATA_DIR"] = flags.data_dir
     if flags.debug:
         jax.config.update("jax_debug_nans", True)

@@ -77,6 +77,10 @@ def fit(
     (3.0, [10, 20])
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
+    folder = None if workdir is None else Path(workdir)
+    asked = {"run": dataclasses.asdict(run), "mesh": dict(mesh.shape),
+             "workdir": folder and str(folder.absolute())}  # fmt: skip
+    processes.alike(guard.flat({**(config or {}), **asked}))
     # Traced once, by the check: the calls that it becomes a part of find it traced.
     experiment = experiment._replace(step=jax.jit(functools.partial(experiment.step)))
     # Before a folder is taken or erased:
@@ -84,7 +88,6 @@ def fit(
     around = jax.sharding.get_mesh()
     try:
         with contextlib.ExitStack() as stack:
-            folder = None if workdir is None else Path(workdir)
 
             def take() -> None:
                 assert folder is not None

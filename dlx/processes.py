@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,30 @@ def agreed(fn: Callable[[], Any]) -> Any:
         if text := line.tobytes().rstrip(b"\0"):
             raise BadInput(text.decode(errors="replace"))
     return out
+
+
+def alike(values: Mapping[str, Any]) -> None:
+    """Holds that all processes were asked for the same: else each would train something else.
+
+    Args:
+      values: {name: plain value}.
+
+    Raises:
+      BadInput: in all processes, where one has another value than process 0.
+    """
+    own = {k: repr(v) for k, v in values.items()}
+    wanted = told(lambda: own)
+
+    def compare() -> None:
+        for k in {**wanted, **own}:
+            a, b = wanted.get(k, "absent"), own.get(k, "absent")
+            if a != b:
+                raise BadInput(
+                    f"process {jax.process_index()} has {k} {b}, process 0 has {a}: "
+                    "start all with the same"
+                )
+
+    agreed(compare)
 
 
 def wait() -> None:

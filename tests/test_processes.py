@@ -91,9 +91,10 @@ class Pair:
             time.sleep(0.02)
 
 
-def by_flags(folder, words, devices=1):
+def by_flags(folder, words, devices=1, second=()):
+    """second: further words of process 1."""
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process"]
-    return Pair(folder, words, [([*flags, str(i)], {}) for i in range(2)], devices)
+    return Pair(folder, words, [([*flags, "0"], {}), ([*flags, "1", *second], {})], devices)
 
 
 def by_slurm(folder, words):
@@ -153,6 +154,25 @@ def test_flags_start_two_processes_that_equal_one(tmp_path):
                 err.splitlines()[-1]
             ], err
             assert "another configuration" in err, err
+
+
+ALONE = {  # what process 1 alone is given, and what both say
+    "--seed 1": "process 1 has run.seed 1, process 0 has 0: start all with the same",
+    "--mesh data=4": "process 1 has mesh 'data=4', process 0 has '': start all with the same",
+    "--data-dir /no/data": "data_dir '/no/data' is no folder: correct it",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ALONE)
+def test_what_one_process_alone_is_asked_for_ends_both(words, tmp_path):
+    run = tmp_path / "run"
+    with by_flags(tmp_path, [*DIGITS, "--workdir", str(run)], second=words.split()) as pair:
+        pair.ends(2, 2)
+        for _, err in pair.outputs():
+            said = [line for line in err.splitlines() if "[Gloo]" not in line]
+            assert said == [f"error: {ALONE[words]}"], err
+    assert not run.exists()
 
 
 @pytest.mark.slow
@@ -250,12 +270,30 @@ def child(port, process, folder):
 
     out["said"] = []
     unruly = good._replace(rules=(("no leaf", PartitionSpec()),))
-    for bad in (good._replace(data=data), unruly):
+    own = int(process)
+    for bad, changes in [
+        (good._replace(data=data), {}),
+        (unruly, {}),
+        (good, {"run": dlx.Run(steps=5 + own)}),
+        (good, {"mesh": dlx.make_mesh(("data=4", "fsdp=4")[own])}),
+        (good, {"workdir": path / process}),
+        (good, {"config": {"rate": own}}),
+    ]:
         try:
-            dlx.fit(bad, run, mesh=mesh, writers=[])
+            dlx.fit(bad, **{"run": run, "mesh": mesh, "writers": [], **changes})
         except dlx.BadInput as e:
             out["said"].append(str(e))
     print(json.dumps(out), flush=True)
+
+
+SAID = [
+    "a file is missing",
+    "matches no leaf",
+    "process 1 has run.steps 6, process 0 has 5",
+    "process 1 has mesh.data 1, process 0 has 4",
+    "process 1 has workdir",
+    "process 1 has rate 1, process 0 has 0",
+]
 
 
 @pytest.mark.slow
@@ -267,7 +305,8 @@ def test_meshes_across_processes(tmp_path):
         first, second = (json.loads(out.splitlines()[-1]) for out, _ in pair.outputs())
     assert first == second
     assert first["restored"] and all(first["restored"])
-    assert "a file is missing" in first["said"][0] and "matches no leaf" in first["said"][1]
+    for said, wanted in zip(first["said"], SAID, strict=True):
+        assert wanted in said
     for mesh, found, total in zip(MESHES, first["losses"], first["sums"], strict=True):
         wanted, state = losses(*mesh)
         np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg=str(mesh))
