@@ -330,8 +330,8 @@ class RNN(linen.RNN):
                     return _rnn(form, params, carry, inputs, **options)
 
                 return on_cpu(fast, plain, params, carry, inputs)
-        plain = inherited(linen.RNN)
-        return plain(self, inputs, initial_carry=initial_carry, init_key=init_key, **options)
+        flax = inherited(linen.RNN)
+        return flax(self, inputs, initial_carry=initial_carry, init_key=init_key, **options)
 
 
 def _rnn(
