@@ -11,7 +11,6 @@ Expected  no record yet; the goal is a BLEU of 33 on test_2016_flickr (sacrebleu
 
 import dataclasses
 import functools
-import importlib.metadata
 
 import optax
 
@@ -21,9 +20,6 @@ from dlx.errors import check_ranges
 from dlx.models import seq2seq
 from dlx.tasks import translation
 
-SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" + importlib.metadata.version(
-    "sacrebleu"
-)
 CARD = {
     "system": "sequence to sequence with attention",
     "paper": "Bahdanau, Cho, Bengio 2015, arXiv 1409.0473",
@@ -36,8 +32,9 @@ CARD = {
     "also": {"chrF": "test/chrf", "nats a token": "test/nll"},
     "reported": None,  # the paper's data is another
     "time": "2 h",
-    "notes": f"sacrebleu {SIGNATURE}, detokenised.",
+    "notes": "sacrebleu nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp, detokenised.",
 }
+SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp"  # sacrebleu's, without its version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +141,7 @@ def scores(found, true):
         "bleu": bleu.corpus_score(found, [true]).score,
         "chrf": sacrebleu.CHRF().corpus_score(found, [true]).score,
     }
-    if str(bleu.get_signature()) != SIGNATURE:
+    if not str(bleu.get_signature()).startswith(SIGNATURE):
         raise dlx.BadInput(f"sacrebleu counts {bleu.get_signature()} and not {SIGNATURE}")
     return out
 

@@ -57,7 +57,9 @@ def record(folders: list[Path]) -> dict:
     def mean(metric: str) -> float:
         return round(statistics.mean(values(metric)), 4)
 
-    bar, env = card["bar"], environments[0]
+    bar, env, notes = card["bar"], environments[0], card.get("notes", "")
+    if "sacrebleu" in notes:
+        notes += f" Its version is {env['packages']['sacrebleu']}."
     return {
         "experiment": name,
         "system": card["system"],
@@ -80,7 +82,7 @@ def record(folders: list[Path]) -> dict:
         "wall_seconds": [round(seconds(f), 1) for f in folders],
         "commit": ", ".join(sorted({commit(e) for e in environments})),
         "date": datetime.date.today().isoformat(),
-        "notes": card.get("notes", ""),
+        "notes": notes,
         "also": {label: mean(metric) for label, metric in card.get("also", {}).items()},
     }
 

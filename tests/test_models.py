@@ -33,7 +33,8 @@ MODELS = {
     "cifar_resnet20_v2": (resnet.CifarResNet(20, preactivation=True), (32, 32, 3), 269_722),
     "airbench": (airbench.Airbench(), (32, 32, 3), 1_971_352),
 }
-SMALL = ["mlp", "lenet5", "small_cnn", "cifar_resnet20", "cifar_resnet20_v2", "airbench"]
+SMALL = ["mlp", "lenet5", "small_cnn", "cifar_resnet20", "airbench"]
+SMALL += [pytest.param("cifar_resnet20_v2", marks=pytest.mark.slow)]
 
 
 def shapes(model, shape):
@@ -48,7 +49,7 @@ def test_parameters(name):
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
 
 
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [None, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits(name, dtype, promoting):
     """(B, classes) in the compute dtype; parameters stay float32."""

@@ -192,6 +192,7 @@ def test_attend_takes_a_list():
     same(got, linen.Embed(7, 3).apply(v, [1.0, 2.0, 3.0], method="attend"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in LAYERS if n != "pool"])
 def test_forward_mode_is_flaxs_where_it_is_asked_for(name):
     _, v = gradient(name, nn)
