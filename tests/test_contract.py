@@ -148,7 +148,7 @@ def slow_but(names, *quick):
 
 
 @pytest.mark.usefixtures("no_curves")
-@pytest.mark.parametrize("name", slow_but(shapes.SHAPES, "bn_dropout_ema", "bilevel", "dbn"))
+@pytest.mark.parametrize("name", slow_but(shapes.SHAPES, "bn_dropout_ema", "bilevel"))
 def test_crashes_leave_no_trace(name, tmp_path, mesh):
     """A run that died or was stopped again and again is the run that was not."""
     shape = shapes.SHAPES[name]
@@ -431,7 +431,7 @@ def check_several(make, dtype, tolerance, folder, mesh):
 
 
 @pytest.mark.usefixtures("no_curves")
-@pytest.mark.parametrize("make", [perceptron, convolutional])
+@pytest.mark.parametrize("make", slow_but([perceptron, convolutional], perceptron))
 def test_steps_per_call_float32(make, tmp_path, mesh):
     """How many steps a call takes is a matter of speed, and may change on the way."""
     check_several(make, jnp.float32, 1e-5, tmp_path, mesh)

@@ -33,8 +33,9 @@ MODELS = {
     "cifar_resnet20_v2": (resnet.CifarResNet(20, preactivation=True), (32, 32, 3), 269_722),
     "airbench": (airbench.Airbench(), (32, 32, 3), 1_971_352),
 }
-SMALL = ["mlp", "lenet5", "small_cnn", "cifar_resnet20", "airbench"]
-SMALL += [pytest.param("cifar_resnet20_v2", marks=pytest.mark.slow)]
+SMALL = ["mlp", "lenet5", "small_cnn"]
+LARGER = ["cifar_resnet20", "cifar_resnet20_v2", "airbench"]  # compiled for seconds
+SMALL += [pytest.param(name, marks=pytest.mark.slow) for name in LARGER]
 
 
 def shapes(model, shape):
