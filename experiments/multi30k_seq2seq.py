@@ -32,6 +32,7 @@ CARD = {
     "also": {"chrF": "test/chrf", "nats a token": "test/nll"},
     "reported": None,  # the paper's data is another
     "time": "2 h",
+    "packages": ["sacrebleu", "tokenizers"],  # whose versions the figure depends on
     "notes": "sacrebleu nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp, detokenised.",
 }
 SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp"  # sacrebleu's, without its version

@@ -57,9 +57,8 @@ def record(folders: list[Path]) -> dict:
     def mean(metric: str) -> float:
         return round(statistics.mean(values(metric)), 4)
 
-    bar, env, notes = card["bar"], environments[0], card.get("notes", "")
-    if "sacrebleu" in notes:
-        notes += f" Its version is {env['packages']['sacrebleu']}."
+    bar, env = card["bar"], environments[0]
+    versions = [f"{name} {env['packages'][name]}" for name in ("jax", *card.get("packages", ()))]
     return {
         "experiment": name,
         "system": card["system"],
@@ -78,11 +77,11 @@ def record(folders: list[Path]) -> dict:
         "paper": card["reported"],
         "parameters": results[0]["parameters"],
         "hardware": f"{env['processor']}, {env['cores']} cores ({env['device']}), "
-        f"jax {env['packages']['jax']}, Python {env['python']}",
+        f"{', '.join(versions)}, Python {env['python']}",
         "wall_seconds": [round(seconds(f), 1) for f in folders],
         "commit": ", ".join(sorted({commit(e) for e in environments})),
         "date": datetime.date.today().isoformat(),
-        "notes": notes,
+        "notes": card.get("notes", ""),
         "also": {label: mean(metric) for label, metric in card.get("also", {}).items()},
     }
 

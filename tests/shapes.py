@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import dlx
 from dlx import metrics
@@ -428,3 +429,8 @@ SHAPES = {
 if __name__ == "__main__":
     shape = SHAPES[sys.argv.pop(1)]
     dlx.main(shape.Config, shape.build, {"test": shape.Config()})
+
+
+def slow_but(names, *quick):
+    """Parameters of a test; all but these few are for the slow tests, for they compile long."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]

@@ -142,13 +142,8 @@ CRASHES = [  # (row from which on, what, whether in the last phase)
 ]
 
 
-def slow_but(names, *quick):
-    """All, but only a few in the plain tests: each compiles for seconds."""
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
-
-
 @pytest.mark.usefixtures("no_curves")
-@pytest.mark.parametrize("name", slow_but(shapes.SHAPES, "bn_dropout_ema", "bilevel"))
+@pytest.mark.parametrize("name", shapes.slow_but(shapes.SHAPES, "bn_dropout_ema", "bilevel"))
 def test_crashes_leave_no_trace(name, tmp_path, mesh):
     """A run that died or was stopped again and again is the run that was not."""
     shape = shapes.SHAPES[name]
@@ -431,14 +426,14 @@ def check_several(make, dtype, tolerance, folder, mesh):
 
 
 @pytest.mark.usefixtures("no_curves")
-@pytest.mark.parametrize("make", slow_but([perceptron, convolutional], perceptron))
+@pytest.mark.parametrize("make", shapes.slow_but([perceptron, convolutional], perceptron))
 def test_steps_per_call_float32(make, tmp_path, mesh):
     """How many steps a call takes is a matter of speed, and may change on the way."""
     check_several(make, jnp.float32, 1e-5, tmp_path, mesh)
 
 
 @pytest.mark.usefixtures("no_curves", "x64")
-@pytest.mark.parametrize("make", slow_but([perceptron, convolutional], perceptron))
+@pytest.mark.parametrize("make", shapes.slow_but([perceptron, convolutional], perceptron))
 def test_steps_per_call_float64(make, tmp_path, mesh):
     with jax.numpy_dtype_promotion("standard"):  # flax mixes float32 in
         check_several(make, jnp.float64, 1e-12, tmp_path, mesh)

@@ -13,6 +13,7 @@ import dlx
 from dlx import experiment as contract
 from dlx import feed, metrics, runs, sharding, writers
 from dlx.data import bpe, cifar10, mnist, multi30k, ptb, series, shakespeare, text, tfds
+from tests.shapes import slow_but
 from tests.test_contract import assert_same, recorded
 
 EXPERIMENTS = runs.experiments()
@@ -117,11 +118,6 @@ def module(request):
     return runs.find_experiment(request.param)
 
 
-def slow_but(*quick):
-    """The experiments; all but these few are for the slow tests, for they compile long."""
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in EXPERIMENTS]
-
-
 def play(module, config, folder, mesh, stop=None):
     """[(state, rows)] of each phase, the last one stopped at a step by Ctrl-C."""
     state, ends = None, []
@@ -150,7 +146,7 @@ def test_names(module):
         assert f"\n{word}" in module.__doc__
 
 
-@pytest.mark.parametrize("module", slow_but("digits_cnn", "mnist_mlp"), indirect=True)
+@pytest.mark.parametrize("module", slow_but(EXPERIMENTS, "digits_cnn", "mnist_mlp"), indirect=True)
 def test_a_stop_leaves_no_trace(module, tmp_path, mesh, no_files):
     """Ctrl-C in the last phase, between two saves."""
     no_files(256)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import dlx
 from dlx.models import airbench, cnn, mlp, resnet
@@ -170,7 +171,6 @@ def test_weights_of_half_precision_become_parameters_of_single():
 
 def test_safetensors_load(tmp_path):
     """The file that torchvision's weights come in, to the model's own parameters."""
-    safetensors = pytest.importorskip("safetensors.numpy")
     rng, state = np.random.default_rng(0), {}
     model = resnet.CifarResNet(8)
     variables = jax.eval_shape(model.init, KEY, np.zeros((1, 32, 32, 3), np.float32))
@@ -182,8 +182,8 @@ def test_safetensors_load(tmp_path):
         value = np.abs(rng.normal(size=leaf.shape)).astype(np.float32)  # a variance is positive
         order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[value.ndim]
         state[f"{name}.{names.get(last, last)}"] = np.ascontiguousarray(value.transpose(order))
-    safetensors.save_file(state, tmp_path / "resnet.safetensors")
-    loaded = resnet.from_torch(safetensors.load_file(tmp_path / "resnet.safetensors"))
+    safetensors.numpy.save_file(state, tmp_path / "resnet.safetensors")
+    loaded = resnet.from_torch(safetensors.numpy.load_file(tmp_path / "resnet.safetensors"))
     assert jax.tree.structure(loaded) == jax.tree.structure(variables)
     x = rng.normal(size=(2, 32, 32, 3)).astype(np.float32)
     assert np.isfinite(model.apply(loaded, x)).all()

@@ -249,6 +249,14 @@ def test_lengths_in_any_integers(cell):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("lengths", [np.array([6, 0, 3]), [6, 7, 3]])
+def test_lengths_that_are_known_within_jit(lengths):
+    with pytest.raises(dlx.BadInput, match="a length is"):
+        jax.jit(lambda x: rnn.RNN(H).init_with_output(jax.random.key(0), x, None, lengths)[0])(
+            inputs(jnp.float32)
+        )
+
+
 @pytest.mark.parametrize(
     "wrong", [lambda s: (*s, s[0]), lambda s: s[:1], lambda s: (), lambda s: s[0]]
 )

@@ -180,8 +180,8 @@ def test_dtypes(dtype, promoting):
 @pytest.mark.parametrize(
     ("lengths", "text"),
     [
-        ([5, 0, 3], "a length is 0: all must be from 1 to the 5 words"),
-        ([5, 6, 3], "a length is 6: all must be from 1 to the 5 words"),
+        ([5, 0, 3], "a length is 0: all must be from 1 to the 5 steps"),
+        ([5, 6, 3], "a length is 6: all must be from 1 to the 5 steps"),
         ([5.0, 1.0, 3.0], r"lengths are float32 of shape \(3,\): give integers of shape \(3,\)"),
         ([5, 1], r"lengths are int32 of shape \(2,\)"),
     ],

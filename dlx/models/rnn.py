@@ -36,10 +36,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 from dlx import nn
 from dlx.errors import BadInput, check_ranges
+from dlx.nn.lengths import check_lengths
 
 CELLS: dict[str, Any] = {"elman": nn.SimpleCell, "lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}
 
@@ -225,18 +225,6 @@ def drop(rate: float, variational: bool, train: bool, name: str) -> nn.Dropout:
 def check_cell(cell: str) -> None:
     if cell not in CELLS:
         raise BadInput(f"cell is {cell!r}: give one of {', '.join(CELLS)}")
-
-
-def check_lengths(lengths: Any, shape: tuple[int, ...]) -> jax.Array:
-    (B, T), lengths = shape, jnp.asarray(lengths)
-    if not jnp.issubdtype(jnp.result_type(lengths), jnp.integer) or jnp.shape(lengths) != (B,):
-        found = f"{jnp.result_type(lengths)} of shape {jnp.shape(lengths)}"
-        raise BadInput(f"lengths are {found}: give integers of shape ({B},)")
-    if not isinstance(lengths, Tracer):
-        for n in np.asarray(lengths).tolist():
-            if not 1 <= n <= T:
-                raise BadInput(f"a length is {n}: all must be from 1 to the {T} steps of the input")
-    return lengths.astype(jnp.result_type(int))  # int8 could not hold T
 
 
 def from_torch(state: Mapping[str, np.ndarray], cell: str) -> dict[str, Any]:

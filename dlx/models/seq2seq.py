@@ -31,11 +31,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from dlx import nn
-from dlx.errors import BadInput, check_ranges
+from dlx.errors import check_ranges
+from dlx.nn.lengths import check_lengths
 
 
 class Source(NamedTuple):
@@ -247,15 +246,3 @@ def within(lengths: jax.Array, width: int) -> jax.Array:
 def shifted(target: jax.Array, start: int) -> jax.Array:
     """(B, T) y_1, .., y_T -> y_0, .., y_{T-1}."""
     return jnp.concatenate([jnp.full_like(target[:, :1], start), target[:, :-1]], 1)
-
-
-def check_lengths(lengths: Any, shape: tuple[int, ...]) -> jax.Array:
-    (B, S), lengths = shape, jnp.asarray(lengths)
-    if not jnp.issubdtype(jnp.result_type(lengths), jnp.integer) or jnp.shape(lengths) != (B,):
-        found = f"{jnp.result_type(lengths)} of shape {jnp.shape(lengths)}"
-        raise BadInput(f"lengths are {found}: give integers of shape ({B},)")
-    if not isinstance(lengths, Tracer):
-        for n in np.asarray(lengths).tolist():
-            if not 1 <= n <= S:
-                raise BadInput(f"a length is {n}: all must be from 1 to the {S} words of the input")
-    return lengths.astype(jnp.result_type(int))  # flax flips sequences by such ones

@@ -35,7 +35,7 @@ def fits(*arrays: Any) -> bool:
     say how arrays are split, and gradients written by hand would have to say it too."""
     if is_plain():
         return False
-    types = {type for a in arrays for type in jax.typeof(a).sharding.mesh.axis_types}
+    types = {kind for a in arrays for kind in jax.typeof(a).sharding.mesh.axis_types}
     types |= set(jax.sharding.get_abstract_mesh().axis_types)
     return not types & {AxisType.Explicit, AxisType.Manual} and all(
         isinstance(n, int) and n > 0 for a in arrays for n in a.shape
