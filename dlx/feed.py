@@ -96,11 +96,26 @@ def _open(experiment: Experiment, start: int, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _take(source: Iterator[Any], k: int) -> Any:
-    # Copies: batches wait here, while data may fill the arrays that it gave anew.
-    group = [
-        jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, batch)
-        for batch in itertools.islice(source, k)
-    ]
-    if len(group) < k:
-        raise BadInput("the data ended before the run did: it must go on for as many steps")
-    return group[0] if k == 1 else jax.tree.map(lambda *x: np.stack(x), *group)
+    """The next batch, or the next k as one. They are copied, once: batches wait here, while data
+    may fill the arrays that it gave anew."""
+    if (first := next(source, None)) is None:
+        raise _ended()
+    if k == 1:
+        return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, first)
+    leaves, form = jax.tree.flatten(first)
+    group = [np.empty((k, *np.shape(x)), np.result_type(x)) for x in leaves]
+    for i in range(k):
+        if (batch := next(source, None) if i else first) is None:
+            raise _ended()
+        for whole, x in zip(group, form.flatten_up_to(batch), strict=True):
+            if np.shape(x) != whole.shape[1:] or np.result_type(x) != whole.dtype:
+                raise BadInput(
+                    f"a batch holds {np.result_type(x)}{list(np.shape(x))} where an earlier one "
+                    f"held {whole.dtype}{list(whole.shape[1:])}: all batches must be alike"
+                )
+            whole[i] = x
+    return form.unflatten(group)
+
+
+def _ended() -> BadInput:
+    return BadInput("the data ended before the run did: it must go on for as many steps")

@@ -963,3 +963,16 @@ def test_data_that_fills_the_same_array_anew(devices, K, tmp_path):
     _, history = dlx.fit(e, run, mesh=mesh, writers=[])
     means = [row["train/x"] for row in history if "train/x" in row]
     assert means == [2 * i + 0.5 for i in range(10)]
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:1], lambda x: x.astype(np.float64)])
+def test_batches_of_one_call_are_alike(change, mesh):
+    """Several steps in a call take their batches as one array: nothing is broadcast into it."""
+
+    def changing(first_step, rows):
+        for t, batch in enumerate(data(first_step, rows)):
+            yield {"x": change(batch["x"])} if t == 3 else batch
+
+    run = dlx.Run(steps=8, log_every=4, steps_per_call=2)
+    with pytest.raises(dlx.BadInput, match=r"where an earlier one held float32\[4\]"):
+        dlx.fit(PENCIL._replace(data=changing), run, mesh=mesh, writers=[])
