@@ -62,6 +62,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'dlx' has no attribute {name!r}")
+    memory.at_once()
     value = getattr(importlib.import_module(f"dlx.{_HOME[name]}"), name)
     globals()[name] = value
     return value

@@ -3,11 +3,16 @@
 XLA asks malloc for a program's temporary values at every call, tens to hundreds of megabytes, and
 frees them after it. glibc maps and unmaps blocks of that size each time, so that the system clears
 every page anew at its first touch: a third of the time of a small GPT's step. Kept, they are
-cleared once. Steps on 2 cores of an Intel Xeon at 2.5 GHz, float32, jax 0.12: a CNN of 28 x 28
-images 59 -> 41 ms, a GPT of 4 layers of width 128 56 -> 38, of 6 of width 384 1,140 -> 990,
-ResNet-18 1,870 -> 1,530; an LSTM and a VAE gain nothing. The price is memory: ResNet-18's peak
-grows from 1.4 to 1.9 GB. The sides "dlx" and "untouched" of `python -m experiments.benchmarks` are
-with and without.
+cleared once. It takes two settings, for glibc keeps such blocks in the first of its arenas alone,
+the main thread's, and JAX runs programs in threads of its own: `keep` and `at_once`.
+
+Steps on 2 cores of an Intel Xeon, float32, jax 0.12, medians of three processes in turns: a CNN of
+28 x 28 images 60 -> 46 ms, a GPT of 4 layers of width 128 58 -> 48, of 6 of width 384 1,170 ->
+1,050, a U-Net 620 -> 540; peak memory as without. With one arena for all threads in place of
+`at_once` steps are as fast, but XLA compiles a third longer, LeNet's step is slower, and memory
+doubles (ResNet-18's 1.4 -> 3.0 GB).
+
+The sides "dlx" and "untouched" of `python -m experiments.benchmarks` are with and without.
 """
 
 from __future__ import annotations
@@ -16,27 +21,42 @@ import ctypes
 import os
 import sys
 
-# <malloc.h>; the values of glibc's MALLOC_TRIM_THRESHOLD_, MALLOC_TOP_PAD_, ...
-TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
+# <malloc.h>; the values of glibc's MALLOC_TRIM_THRESHOLD_, MALLOC_TOP_PAD_ and MALLOC_MMAP_MAX_
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 
 
 def keep() -> bool:
     """Tells glibc to keep what is freed, up to 2 GB or a quarter of the machine's memory, and to
-    map no block for itself; whether it was told. `import dlx` calls it: threads that malloc knows
-    already, as those of a JAX in use, are beyond its reach.
-
-    There is one arena for all threads, though XLA then compiles 11 to 33 % longer and LeNet's step
-    is slower: of several arenas all but the first map large blocks whatever they are told.
+    map no block for itself; whether it was told. `import dlx` calls it.
 
     Nothing happens elsewhere than on Linux with glibc, where DLX_KEEP_MEMORY is 0, or where one of
     glibc's own variables (MALLOC_ARENA_MAX and the like) says what to do.
     """
+    if not _wanted():
+        return False
+    libc = ctypes.CDLL(None)
+    quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    settings = {TRIM_THRESHOLD: min(2**31 - 1, quarter), TOP_PAD: 2**26, MMAP_MAX: 0}
+    return all([libc.mallopt(name, value) for name, value in settings.items()])
+
+
+def at_once() -> None:
+    """Tells JAX to run the programs of one CPU device in the thread that calls them, where `keep`
+    keeps memory. It takes effect before JAX has started its devices; `dlx.nn` and the names of
+    `dlx` call it when they are first used.
+
+    A call then returns when the program has ended. Of several devices, and of a GPU or TPU, it
+    returns before, as ever. What a loop of your own does on a CPU between two calls no longer
+    happens meanwhile: `dlx.fit` reads its batches in a thread.
+    """
+    if _wanted():
+        import jax
+
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def _wanted() -> bool:
     said = any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ
     if sys.platform != "linux" or said or os.environ.get("DLX_KEEP_MEMORY") == "0":
         return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
-        return False
-    quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    wanted = {TRIM_THRESHOLD: min(2**31 - 1, quarter), TOP_PAD: 2**26, MMAP_MAX: 0, ARENA_MAX: 1}
-    return all([libc.mallopt(name, value) for name, value in wanted.items()])
+    return hasattr(ctypes.CDLL(None), "gnu_get_libc_version")

@@ -15,7 +15,7 @@ glibc = pytest.mark.skipif(
 
 FAULTS = """
 import resource
-import dlx
+{use}
 import jax, jax.numpy as jnp
 
 @jax.jit
@@ -32,18 +32,19 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
 """
 
 
-def faults(**environment):
+def faults(use, **environment):
     """Pages that the system clears in a call of a program with 134 MB of temporary values: of what
     is below 32 MB, malloc keeps some by itself."""
     ours = ("MALLOC_", "GLIBC_TUNABLES", "DLX_KEEP_MEMORY")
     around = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    command = [sys.executable, "-c", FAULTS]
+    command = [sys.executable, "-c", FAULTS.replace("{use}", use)]
     return int(subprocess.check_output(command, env=around | environment, text=True))
 
 
 @glibc
-def test_memory_is_kept():
-    kept, untouched = faults(), faults(DLX_KEEP_MEMORY="0")
+@pytest.mark.parametrize("use", ["from dlx import nn", "import dlx; dlx.Run(steps=1)"])
+def test_memory_is_kept(use):
+    kept, untouched = faults(use), faults(use, DLX_KEEP_MEMORY="0")
     assert 4 * kept < untouched
 
 

@@ -85,7 +85,7 @@ def allowed(module):
         "examples": ("dlx.errors",),
         "metrics": ("dlx.sharding", "dlx.examples", "dlx.errors"),
         "models": ("dlx.nn", "dlx.errors"),
-        "nn": ("dlx.nn", "dlx.errors"),
+        "nn": ("dlx.nn", "dlx.memory", "dlx.errors"),
         "data": ("dlx.data", "dlx.examples", "dlx.errors"),
         **dict.fromkeys(("checkpoint", "sharding", "step", "guard"), ("dlx.errors",)),
     }

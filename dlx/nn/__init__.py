@@ -11,6 +11,7 @@ Why each form is faster, and by how much, stands in its file.
 
 from flax.linen import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
+from dlx import memory
 from dlx.nn.activations import gelu as gelu
 from dlx.nn.causal_attention import MultiHeadDotProductAttention as MultiHeadDotProductAttention
 from dlx.nn.causal_attention import dot_product_attention as dot_product_attention
@@ -23,3 +24,5 @@ from dlx.nn.layer_norm import LayerNorm as LayerNorm
 from dlx.nn.lowering import plain as plain
 from dlx.nn.pools import max_pool as max_pool
 from dlx.nn.recurrence import RNN as RNN
+
+memory.at_once()

@@ -44,7 +44,7 @@ MALLOC = {  # the environment of a side
     "untouched": {"DLX_KEEP_MEMORY": "0"},
     "kept": {
         "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(2**26),
-        "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_MAX_": "0",
     },
 }  # fmt: skip
 

@@ -6,9 +6,6 @@ ROWS = {
     "lenet": "LeNet-5, 28x28, batch 128",
     "cnn": "CNN of 32 and 64 channels, 28x28, batch 128",
 }
-WHY = {
-    "lenet": "It loses by malloc's one arena, which others gain by: see the side untouched.",
-}
 
 
 def ours(row):

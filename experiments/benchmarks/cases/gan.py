@@ -9,8 +9,7 @@ from experiments.benchmarks.cases import Ours, Theirs
 ROWS = {"dcgan": "DCGAN, 64 and 128 channels, 100 latents, 28x28, batch 128"}
 WHY = {
     "dcgan": "In 196 ms, in part at once: 118 of XLA's convolutions, 54 of the loops of kernels' "
-    "gradients, 49 of copies and sums. A quarter of the time to compile is malloc's one arena: "
-    "see the side untouched.",
+    "gradients, 49 of copies and sums.",
 }
 
 

@@ -8,8 +8,7 @@ ROWS = {
 }
 VOCABULARY, UNITS, B, T, RATE = 256, 512, 32, 64, 1e-3
 WHY = {
-    "gru": "The gradient is written by hand, in two loops; a fifth of the time to compile is "
-    "malloc's one arena: see the side untouched.",
+    "gru": "The gradient is written by hand, in two loops, which take long to compile.",
 }
 
 

@@ -12,7 +12,7 @@ ROWS = {
 SIZES = {"resnet18": (64, 32, 10), "resnet50": (8, 224, 1000)}  # batch, height and width, classes
 WHY = {
     "resnet18": "Of 1,576 ms 425 are the backward loops, for the kernels' gradients and Winograd's "
-    "form, almost half of that in copies and sums. Of 7.7 s to compile 1.7 are malloc's one arena.",
+    "form, almost half of that in copies and sums.",
 }
 
 
