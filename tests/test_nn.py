@@ -89,6 +89,31 @@ def test_convolution(size, strides, padding, channels, chunk, x64, monkeypatch):
     assert_same(*convolutions, x, k)
 
 
+@pytest.mark.parametrize(
+    ("shape", "size", "strides", "padding", "dilation"),
+    [
+        ((3, 17, 5), (2,), (1,), ((4, 0),), (4,)),  # WaveNet's
+        ((3, 17, 5), (3,), (2,), ((1, 6),), (3,)),
+        ((3, 17, 5), (4,), (3,), "VALID", (1,)),
+        ((3, 17, 5), (1,), (3,), "VALID", (2,)),
+        ((3, 7, 9, 5), (3, 2), (1, 1), ((5, 1), (2, 0)), (2, 3)),
+        ((3, 7, 9, 5), (2, 3), (2, 3), "SAME", (1, 2)),
+        ((3, 7, 9, 5), (1, 1), (2, 1), "SAME", (2, 2)),
+    ],
+)
+def test_lines_and_dilated_kernels(shape, size, strides, padding, dilation, x64):
+    x = jax.random.normal(jax.random.key(0), shape, jnp.float64)
+    k = jax.random.normal(jax.random.key(1), (*size, shape[-1], 6), jnp.float64)
+    convolutions = [
+        lambda x, k, f=f: f(
+            x, k, strides, padding, rhs_dilation=dilation,
+            dimension_numbers=conv.LAYOUTS[len(size)],
+        )
+        for f in (conv.conv_general_dilated, jax.lax.conv_general_dilated)
+    ]  # fmt: skip
+    assert_same(*convolutions, x, k)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
@@ -134,6 +159,8 @@ LAYERS = {
     "1 x 1": lambda m: m.Conv(33, (1, 1)),
     "few channels": lambda m: m.Conv(5, (3, 3)),
     "groups": lambda m: m.Conv(34, (3, 3), feature_group_count=2),
+    "dilated": lambda m: m.Conv(33, (3, 3), kernel_dilation=2),
+    "line": lambda m: m.Conv(33, (2,), kernel_dilation=4, padding="CAUSAL"),
     "pool": lambda m: lambda x: m.max_pool(x, (2, 2), (2, 2)),
     "other pool": lambda m: lambda x: m.max_pool(x, (3, 3), (2, 2), "SAME"),
     "gelu": lambda m: lambda x: m.gelu(x, approximate=False),
@@ -172,6 +199,16 @@ def test_other_platforms_get_what_flax_has(name, platform, scan):
     ours, flax = (lowered(LAYERS[name](m), platform, scan) for m in (nn, linen))
     assert operations(ours) == operations(flax) != []
     assert "barrier" not in ours
+
+
+@pytest.mark.parametrize("name", ["3 x 3", "strides", "few channels", "dilated", "line"])
+def test_within_a_scan_convolutions_stay_as_they_are(name):
+    """XLA turns those that are written with other layouts to its own, but within a scan it makes
+    naive loops of them."""
+    own = re.compile(r"\[b, (0|0, 1), f\]x\[(0|0, 1), i, o\]->\[b, (0|0, 1), f\]")
+    for m, same in (nn, True), (linen, False):
+        lines = operations(lowered(LAYERS[name](m), "cpu", True))
+        assert all(own.search(line) for line in lines if "convolution" in line) == same
 
 
 @pytest.mark.parametrize("name", LAYERS)
