@@ -101,7 +101,7 @@ def conv_general_dilated(
             x, k, dy = x[:, None], k[None], dy[:, None]
         *_, dh, dw = 1, *d
         dx = _input_gradient(x, k, dy, s, pads, (dh, dw))
-        dk = _image_as_window(x, dy, k.shape[:2], s, pads, (dh, dw))
+        dk = _image_as_window(x, dy, (k.shape[0], k.shape[1]), s, pads, (dh, dw))
         return (dx[:, 0], dk[0]) if n == 1 else (dx, dk)
 
     conv = jax.custom_vjp(lambda x, k: on_cpu(forward, plain, x, k))
