@@ -98,15 +98,16 @@ def _open(experiment: Experiment, start: int, mesh: jax.sharding.Mesh) -> Any:
 def _take(source: Iterator[Any], k: int) -> Any:
     """The next batch, or the next k as one. They are copied, once: batches wait here, while data
     may fill the arrays that it gave anew."""
-    if (first := next(source, None)) is None:
-        raise _ended()
-    if k == 1:
-        return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, first)
-    leaves, form = jax.tree.flatten(first)
-    group = [np.empty((k, *np.shape(x)), np.result_type(x)) for x in leaves]
+    group: list[np.ndarray] = []
+    form: Any = None
     for i in range(k):
-        if (batch := next(source, None) if i else first) is None:
-            raise _ended()
+        if (batch := next(source, None)) is None:
+            raise BadInput("the data ended before the run did: it must go on for as many steps")
+        if k == 1:
+            return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, batch)
+        if i == 0:
+            leaves, form = jax.tree.flatten(batch)
+            group = [np.empty((k, *np.shape(x)), np.result_type(x)) for x in leaves]
         for whole, x in zip(group, form.flatten_up_to(batch), strict=True):
             if np.shape(x) != whole.shape[1:] or np.result_type(x) != whole.dtype:
                 raise BadInput(
@@ -115,7 +116,3 @@ def _take(source: Iterator[Any], k: int) -> Any:
                 )
             whole[i] = x
     return form.unflatten(group)
-
-
-def _ended() -> BadInput:
-    return BadInput("the data ended before the run did: it must go on for as many steps")

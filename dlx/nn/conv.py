@@ -31,6 +31,8 @@ MANY, ROWS = 256, 64  # channels, rows of a product that are worth the sums of `
 CHUNK = 2**22  # bytes: what a core's cache holds, about
 
 Pair = tuple[int, int]
+Sizes = tuple[int, ...]  # a number for each of the dimensions of an image or a line
+Pads = tuple[Pair, ...]
 
 
 def conv_general_dilated(
@@ -57,32 +59,30 @@ def conv_general_dilated(
         and lax.conv_dimension_numbers(lhs.shape, rhs.shape, kwargs.get("dimension_numbers"))
         == lax.conv_dimension_numbers(lhs.shape, rhs.shape, LAYOUTS[n])
     )
-    forward, s, pads = plain, (1, 1), ((0, 0), (0, 0))
+    forward, s, pads = plain, (1,) * n, ((0, 0),) * n
     if ordinary:
-        # A line is an image of one row.
         seen = tuple((size - 1) * step + 1 for size, step in zip(rhs.shape[:n], d, strict=True))
         if isinstance(padding, str):
             padding = lax.padtype_to_pads(lhs.shape[1:-1], seen, window_strides, padding)
-        *_, sh, sw = 1, *(int(i) for i in window_strides)
-        *_, ph, pw = (0, 0), *((int(low), int(high)) for low, high in padding)
-        s, pads = (sh, sw), (ph, pw)
+        s = tuple(int(step) for step in window_strides)
+        pads = tuple((int(low), int(high)) for low, high in padding)
         ordinary = (
-            min(ph + pw) >= 0
+            min(map(min, pads)) >= 0
             and all(  # or there is no output
                 size + sum(pad) >= window
-                for size, pad, window in zip(lhs.shape[1:-1], pads[-n:], seen, strict=True)
+                for size, pad, window in zip(lhs.shape[1:-1], pads, seen, strict=True)
             )
         )
-    dense = n == 2 and set(d) == {1}
-    if ordinary and set(rhs.shape[:n]) == {1} and not any(pads[0] + pads[1]):
+    image = ordinary and n == 2 and set(d) == {1}
+    if ordinary and set(rhs.shape[:n]) == {1} and not any(map(any, pads)):
 
         def forward(x: jax.Array, k: jax.Array) -> jax.Array:
-            return _pointwise(x, k, s[-n:])
-    elif ordinary and dense and rhs.shape[2] <= FEW > rhs.shape[3]:
+            return _pointwise(x, k, s)
+    elif image and rhs.shape[2] <= FEW > rhs.shape[3]:
 
         def forward(x: jax.Array, k: jax.Array) -> jax.Array:
             return _banded(x, k, s, pads)
-    elif ordinary and dense and (few := _at_once(lhs.shape, rhs.shape, s, pads)):
+    elif image and (few := _at_once(lhs.shape, rhs.shape, s, pads)):
 
         def forward(x: jax.Array, k: jax.Array) -> jax.Array:
             return _winograd(x, k, pads, few)
@@ -93,16 +93,12 @@ def conv_general_dilated(
         x, k, dy = lax.optimization_barrier((x, k, dy))
         if not ordinary:
             return plain_backward(x, k, dy)
-        if dense:
-            return _input_gradient(x, k, dy, s, pads), _kernel_gradient(x, k, dy, s, pads)
+        if image:
+            return _input_gradient(x, k, dy, s, pads, d), _kernel_gradient(x, k, dy, s, pads)
         if forward is not plain:
             return jax.vjp(forward, x, k)[1](dy)
-        if n == 1:
-            x, k, dy = x[:, None], k[None], dy[:, None]
-        *_, dh, dw = 1, *d
-        dx = _input_gradient(x, k, dy, s, pads, (dh, dw))
-        dk = _image_as_window(x, dy, (k.shape[0], k.shape[1]), s, pads, (dh, dw))
-        return (dx[:, 0], dk[0]) if n == 1 else (dx, dk)
+        dk = _image_as_window(x, dy, k.shape[:n], s, pads, d)
+        return _input_gradient(x, k, dy, s, pads, d), dk
 
     conv = jax.custom_vjp(lambda x, k: on_cpu(forward, plain, x, k))
     conv.defvjp(
@@ -113,40 +109,34 @@ def conv_general_dilated(
 
 
 def _input_gradient(
-    x: jax.Array,
-    k: jax.Array,
-    dy: jax.Array,
-    s: Pair,
-    pads: tuple[Pair, Pair],
-    d: Pair = (1, 1),
+    x: jax.Array, k: jax.Array, dy: jax.Array, s: Sizes, pads: Pads, d: Sizes
 ) -> jax.Array:
     """A convolution of dy, spread by the strides, with the turned kernel.
 
     It is written with the kernel transposed before a barrier: within `lax.scan` XLA compiles
     the transposition within the convolution to a loop that is 16 times slower.
     """
-    (h, w, C, O), (H, W), (H_, W_) = k.shape, x.shape[1:3], dy.shape[1:3]  # noqa: E741
-    if (h, w) == (1, 1) and not any(pads[0] + pads[1]):
+    n, (C, O) = len(s), k.shape[-2:]  # noqa: E741
+    image = n == 2 and set(d) == {1}
+    if image and k.shape[:2] == (1, 1) and not any(pads[0] + pads[1]):
         return jax.vjp(lambda x: _pointwise(x, k, s), x)[1](dy)[0]
-    if d == (1, 1) and O <= FEW > C:
+    if image and O <= FEW > C:
         return jax.vjp(lambda x: _banded(x, k, s, pads), x)[1](dy)[0]
-    turned = lax.optimization_barrier(k[::-1, ::-1].transpose(0, 1, 3, 2))  # (h, w, O, C)
-    sides = [
+    turned = lax.optimization_barrier(lax.rev(k, range(n)).swapaxes(-1, -2))  # (h, w, O, C)
+    sides = tuple(
         ((size - 1) * apart - low, whole + low - (places - 1) * step - 1)
         for size, apart, whole, places, step, (low, _) in zip(
-            (h, w), d, (H, W), (H_, W_), s, pads, strict=True
+            k.shape[:n], d, x.shape[1:-1], dy.shape[1:-1], s, pads, strict=True
         )
-    ]
-    if d == (1, 1) and (few := _at_once(dy.shape, turned.shape, s, (sides[0], sides[1]))):
-        return _winograd(dy, turned, (sides[0], sides[1]), few)
+    )
+    if image and (few := _at_once(dy.shape, turned.shape, s, sides)):
+        return _winograd(dy, turned, sides, few)
     return lax.conv_general_dilated(
-        dy, turned, (1, 1), sides, lhs_dilation=s, rhs_dilation=d, dimension_numbers=LAYOUT
+        dy, turned, (1,) * n, sides, lhs_dilation=s, rhs_dilation=d, dimension_numbers=LAYOUTS[n]
     )
 
 
-def _kernel_gradient(
-    x: jax.Array, k: jax.Array, dy: jax.Array, s: Pair, pads: tuple[Pair, Pair]
-) -> jax.Array:
+def _kernel_gradient(x: jax.Array, k: jax.Array, dy: jax.Array, s: Sizes, pads: Pads) -> jax.Array:
     """dk[i, j] = sum over b, p, q of x[b, s p + i, s q + j] dy[b, p, q]: as matrix products.
 
     XLA's is a convolution whose window is the whole image. The images are taken a few at a time,
@@ -156,7 +146,7 @@ def _kernel_gradient(
     if (h, w) == (1, 1) and not any(pads[0] + pads[1]):
         return jax.vjp(lambda k: _pointwise(x, k, s), k)[1](dy)[0]
     if FEW <= min(C, O) < 2 * FEW or (O < FEW <= C):
-        return _image_as_window(x, dy, (h, w), s, pads)
+        return _image_as_window(x, dy, (h, w), s, pads, (1, 1))
 
     def part(x: jax.Array, dy: jax.Array) -> jax.Array:
         if C < FEW:
@@ -179,14 +169,14 @@ def _kernel_gradient(
     return lax.scan(lambda dk, both: (dk + part(*both), None), zero, tuple(parts))[0]
 
 
-def _pointwise(x: jax.Array, k: jax.Array, s: tuple[int, ...]) -> jax.Array:
+def _pointwise(x: jax.Array, k: jax.Array, s: Sizes) -> jax.Array:
     """1 x 1: one matrix product. Its gradients are too: that of the kernel 78 -> 9 ms for 256 to
     1,024 channels on 8 images of 14 x 14, 228 -> 20 ms with stride 2; itself 12 -> 8 ms."""
     x = x[:, *(slice(None, None, step) for step in s)]  # (B, H', W', C)
     return (x.reshape(-1, x.shape[-1]) @ k.reshape(k.shape[-2:])).reshape(*x.shape[:-1], -1)
 
 
-def _rows_by_columns(x: jax.Array, dy: jax.Array, size: Pair, pads: tuple[Pair, Pair]) -> jax.Array:
+def _rows_by_columns(x: jax.Array, dy: jax.Array, size: Pair, pads: Pads) -> jax.Array:
     """All places of the kernel's gradient in one product: w copies of x, moved along the row, by
     h copies of dy, moved along the column. No product is wasted, and both sides are wide.
 
@@ -206,9 +196,7 @@ def _rows_by_columns(x: jax.Array, dy: jax.Array, size: Pair, pads: tuple[Pair, 
     return dk.reshape(w, C, h, O).transpose(2, 0, 1, 3)
 
 
-def _place_by_place(
-    x: jax.Array, dy: jax.Array, size: Pair, s: Pair, pads: tuple[Pair, Pair]
-) -> jax.Array:
+def _place_by_place(x: jax.Array, dy: jax.Array, size: Pair, s: Sizes, pads: Pads) -> jax.Array:
     """A product for each place of the kernel, for strides.
 
     64 to 128 channels, 64 images of 32 x 32, stride 2: 168 -> 50 ms.
@@ -226,35 +214,31 @@ def _place_by_place(
 
 
 def _image_as_window(
-    x: jax.Array,
-    dy: jax.Array,
-    size: Pair,
-    s: Pair,
-    pads: tuple[Pair, Pair],
-    d: Pair = (1, 1),
+    x: jax.Array, dy: jax.Array, size: Sizes, s: Sizes, pads: Pads, d: Sizes
 ) -> jax.Array:
     """XLA's own form: the channels of x are the batch, its batch the channels, dy the kernel.
 
     Written with the transpositions before a barrier, for the reason that `_input_gradient` has. It
-    is what dilated kernels and lines have: as fast as XLA's by itself, and within `lax.scan`, where
-    a WaveNet's step would take 33 times as long, as fast as outside.
+    is what dilated kernels and lines have, for the sake of `lax.scan`: the gradients of 64 to 128
+    channels, 4 lines of 4,096, take 2,600 ms there as XLA has them, and 31 so.
     """
-    (h, w), (_, H, W, _), (_, H_, W_, _) = size, x.shape, dy.shape
-    images, window = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
-    images, window = lax.optimization_barrier((images, window))  # (C, H, W, B), (H', W', B, O)
+    n = len(s)
+    images = jnp.moveaxis(jnp.moveaxis(x, -1, 0), 1, -1)  # (C, H, W, B)
+    window = jnp.moveaxis(dy, 0, -2)  # (H', W', B, O)
+    images, window = lax.optimization_barrier((images, window))
     sides = [
         (low, (places - 1) * apart + (outs - 1) * step + 1 - whole - low)
         for places, apart, whole, outs, step, (low, _) in zip(
-            (h, w), d, (H, W), (H_, W_), s, pads, strict=True
+            size, d, x.shape[1:-1], dy.shape[1:-1], s, pads, strict=True
         )
     ]
     dk = lax.conv_general_dilated(
-        images, window, d, sides, rhs_dilation=s, dimension_numbers=LAYOUT
+        images, window, d, sides, rhs_dilation=s, dimension_numbers=LAYOUTS[n]
     )  # (C, h, w, O)
-    return dk.transpose(1, 2, 0, 3)
+    return jnp.moveaxis(dk, 0, -2)
 
 
-def _at_once(x: tuple[int, ...], k: tuple[int, ...], s: Pair, pads: tuple[Pair, Pair]) -> int:
+def _at_once(x: tuple[int, ...], k: tuple[int, ...], s: Sizes, pads: Pads) -> int:
     """Images that `_winograd` takes at a time; 0 where it does not pay."""
     if k[:2] != (3, 3) or s != (1, 1) or min(k[2:]) < MANY or min(pads[0] + pads[1]) < 0:
         return 0
@@ -272,7 +256,7 @@ G4 = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 
 A4 = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
 
 
-def _winograd(x: jax.Array, k: jax.Array, pads: tuple[Pair, Pair], few: int) -> jax.Array:
+def _winograd(x: jax.Array, k: jax.Array, pads: Pads, few: int) -> jax.Array:
     """3 x 3, many channels: four rows of y at once from six of x, with half the products.
 
     A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308,
@@ -322,12 +306,12 @@ def _few(B: int, size: int, space: int) -> int:
     return next((n for n in range(few, 0, -1) if B % n == 0), 1)
 
 
-def _block(k: tuple[int, ...], s: Pair) -> int:
+def _block(k: tuple[int, ...], s: Sizes) -> int:
     """Outputs of a row that one product makes: about a vector's worth of numbers, no more."""
     return max(1, 2 * FEW // k[3]) if k[3] < FEW else 2
 
 
-def _banded(x: jax.Array, k: jax.Array, s: Pair, pads: tuple[Pair, Pair]) -> jax.Array:
+def _banded(x: jax.Array, k: jax.Array, s: Sizes, pads: Pads) -> jax.Array:
     """Few channels: r outputs of a row from all the inputs that they see, by one product with the
     kernel written r times into a banded matrix, each time moved by a stride.
 
