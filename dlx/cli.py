@@ -315,10 +315,27 @@ def _setup(flags: Flags) -> None:
         jax.config.update("jax_debug_nans", True)
 
 
-def _train(name, build, config, flags, folder, preset) -> None:
-    from dlx import guard, loop, processes, runs, sharding
+def _mesh(flags: Flags) -> Any:
+    """The devices of the run. Those of a CPU compile their programs anew in every process: as the
+    cache gives them back (jax 0.10 to 0.12) the collectives within a scan are not in one order on
+    all devices, which then wait for each other until XLA ends the process.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    from dlx import sharding
 
     mesh = sharding.make_mesh(flags.mesh)
+    if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # or what was asked first would hold
+    return mesh
+
+
+def _train(name, build, config, flags, folder, preset) -> None:
+    from dlx import guard, loop, processes, runs
+
+    mesh = _mesh(flags)
     whole = _config_dict(name, preset, config)
 
     def complete() -> bool:
@@ -336,7 +353,9 @@ def _train(name, build, config, flags, folder, preset) -> None:
 
     _say(f"{name}: preset {preset}, seed {config.run.seed}, {config.run.steps:,} steps on "
                 f"{jax.device_count()} x {jax.devices()[0].device_kind}")  # fmt: skip
-    _say(f"compilation cache: {os.environ['JAX_COMPILATION_CACHE_DIR']}")
+    cached = jax.config.jax_enable_compilation_cache
+    place = os.environ["JAX_COMPILATION_CACHE_DIR"] if cached else "none for several CPU devices"
+    _say(f"compilation cache: {place}")
     state = None
     parts = runs.phases(build(config), config, folder)
     with contextlib.ExitStack() as stack:
@@ -403,12 +422,12 @@ def _spread(name: str, folders: list[Path]) -> None:
 
 def _chosen(name, build, config, flags, folder, preset):
     """(experiment, its state) of a trained run whose configuration is as asked."""
-    from dlx import guard, runs, sharding
+    from dlx import guard, runs
 
     stored = runs.config_of(folder)
     asked = _config_dict(name, preset, config) | {"preset": stored["preset"]}
     guard.check_config(folder, asked, trained=True)
-    mesh = sharding.make_mesh(flags.mesh)
+    mesh = _mesh(flags)
     experiment, state, step = runs.restore(build(config), config, folder, mesh)
     print(f"{folder}: checkpoint of step {step}")
     return experiment, state, mesh

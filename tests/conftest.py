@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -29,6 +30,19 @@ def mesh():
     from dlx import sharding
 
     return sharding.make_mesh("data=1", jax.devices()[:1])
+
+
+@pytest.fixture(autouse=True)
+def cached():
+    """A switch of the compilation cache, which the command line uses too; on after each test."""
+
+    def switch(on):
+        jax.config.update("jax_enable_compilation_cache", on)
+        compilation_cache.reset_cache()
+
+    yield switch
+    if not jax.config.jax_enable_compilation_cache:
+        switch(True)
 
 
 @pytest.fixture

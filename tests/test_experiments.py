@@ -166,8 +166,9 @@ def test_a_stop_leaves_no_trace(module, tmp_path, mesh, no_files):
 
 
 @pytest.mark.slow
-def test_eight_devices_compute_as_one(module, mesh, no_files):
+def test_eight_devices_compute_as_one(module, mesh, no_files, cached):
     """The losses of the first three steps."""
+    cached(False)  # as the command line has it for several CPU devices
     no_files(256)
     config, losses = module.PRESETS["test"], []
     for devices in (mesh, dlx.make_mesh("data=2,fsdp=2,tensor=2")):

@@ -223,9 +223,7 @@ def _image_as_window(
     channels, 4 lines of 4,096, take 2,600 ms there as XLA has them, and 31 so.
     """
     n = len(s)
-    images = jnp.moveaxis(jnp.moveaxis(x, -1, 0), 1, -1)  # (C, H, W, B)
-    window = jnp.moveaxis(dy, 0, -2)  # (H', W', B, O)
-    images, window = lax.optimization_barrier((images, window))
+    images, window = batch_last(x, dy)  # (C, H, W, B), (H', W', B, O)
     sides = [
         (low, (places - 1) * apart + (outs - 1) * step + 1 - whole - low)
         for places, apart, whole, outs, step, (low, _) in zip(
@@ -236,6 +234,20 @@ def _image_as_window(
         images, window, d, sides, rhs_dilation=s, dimension_numbers=LAYOUTS[n]
     )  # (C, h, w, O)
     return jnp.moveaxis(dk, 0, -2)
+
+
+def batch_last(x: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(B, H.., C) -> (C, H.., B) and (B, h.., O) -> (h.., B, O), in memory before they are read.
+
+    The barrier stands at a flat form. At the transposed one itself XLA copies twice: once to what
+    is the same in memory, by a slow loop, then as asked. A kernel's gradient for 16 channels, 128
+    images of 32 x 32: 25 -> 18 ms.
+    """
+    images = jnp.moveaxis(jnp.moveaxis(x, -1, 0), 1, -1)  # (C, H.., B)
+    window = jnp.moveaxis(k, 0, -2)  # (h.., B, O)
+    flat = images.reshape(-1, images.shape[-1]), window.reshape(-1, *window.shape[-2:])
+    a, b = lax.optimization_barrier(flat)
+    return a.reshape(images.shape), b.reshape(window.shape)
 
 
 def _at_once(x: tuple[int, ...], k: tuple[int, ...], s: Sizes, pads: Pads) -> int:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
+from dlx.nn.conv import batch_last
 from dlx.nn.lowering import fits, inherited, on_cpu
 
 LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
@@ -145,9 +146,7 @@ def _backward(
     dx = lax.conv_general_dilated(
         dy, turned, strides, pads, None, dilation, LAYOUTS[n], precision=precision
     )
-    images = dy.transpose(n + 1, *space, 0)  # (O, H.., B)
-    window = x.transpose(*space, 0, n + 1)  # (h.., B, I)
-    images, window = lax.optimization_barrier((images, window))
+    images, window = batch_last(dy, x)  # (O, H.., B), (h.., B, I)
     dk = lax.conv_general_dilated(
         images, window, dilation, pads, None, strides, LAYOUTS[n], precision=precision
     )  # (O, K.., I)
