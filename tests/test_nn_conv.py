@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import dlx
 from dlx import nn
 from dlx.nn import conv
 from tests.test_nn import assert_same, lowered, operations
@@ -66,11 +67,36 @@ def test_where_it_pays():
     """Not for few channels, other strides or sizes, or a few rows; as many images as divide."""
 
     def few(B, H, C, O=256, size=3, stride=1, pad=1):  # noqa: E741
-        return conv._at_once(
-            (B, H, H, C), (size, size, C, O), (stride, stride), ((pad, pad), (pad, pad))
-        )
+        x = jnp.zeros((B, H, H, C))
+        return conv._at_once(x, (size, size, C, O), (stride, stride), ((pad, pad), (pad, pad)))
 
     assert few(64, 4, 512) == 32 and few(64, 8, 256) == 16 and few(8, 7, 512) == 8
     assert few(61, 4, 256) == 61 and few(331, 4, 512) == 0  # a prime: one image at a time
     assert few(64, 4, 255) == few(64, 4, 256, 255) == few(64, 4, 256, pad=-1) == 0
     assert few(64, 4, 256, stride=2) == few(64, 4, 256, size=5) == few(1, 4, 512) == 0
+
+
+def test_no_loop_over_what_lies_on_several_devices():
+    """Each turn would exchange data, in no common order with what is exchanged outside."""
+    x = jnp.ones((64, 32, 32, 32))
+    q = jnp.ones((64, 128, 4, 16))
+    layer = nn.Conv(32, (3, 3))
+    variables = layer.init(jax.random.key(0), x)
+
+    def images(x):
+        return jax.grad(lambda v, x: (layer.apply(v, x) ** 2).sum())(variables, x)
+
+    def sequences(q):
+        return nn.dot_product_attention(q, q, q, mask=np.tri(128, dtype=bool)[None, None])
+
+    mesh = dlx.make_mesh("data=4,fsdp=2")
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    for function, given in ((images, x), (sequences, q)):
+        loops = [
+            "while" in jax.jit(function).lower(jax.device_put(given, place)).as_text()
+            for place in (jax.devices()[0], whole, rows)
+        ]
+        assert loops == [True, False, False]
+        with jax.set_mesh(mesh):
+            assert "while" not in jax.jit(function).lower(given).as_text()

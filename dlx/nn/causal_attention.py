@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlx.nn import dense
-from dlx.nn.lowering import fits, on_cpu
+from dlx.nn.lowering import fits, on_cpu, spread
 
 ROWS = 128  # queries that are worked on together
 CACHE = 2**21  # bytes: about what the attention weights of a few sequences may take
@@ -81,11 +81,11 @@ def _blocks(T: int) -> list[slice]:
 
 def _few(q: jax.Array) -> int:
     """Sequences that are worked on together: as many as fit in the cache, or all of them where
-    their number cannot be split so."""
+    their number cannot be split so, or they lie on several devices."""
     B, T, H, _ = q.shape
     wanted = max(1, CACHE // (H * T * T * q.dtype.itemsize))
     few = next(n for n in range(min(wanted, B), 0, -1) if B % n == 0)
-    return few if 2 * few > wanted else B
+    return few if 2 * few > wanted and not spread(q) else B
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:

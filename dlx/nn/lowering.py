@@ -42,6 +42,15 @@ def fits(*arrays: Any) -> bool:
     )
 
 
+def spread(x: jax.Array) -> bool:
+    """Whether x may lie on several devices: its mesh has them. Then it is not worked on a few
+    examples at a time, for every turn of such a loop would exchange data; and jax 0.10 keeps
+    exchanges within a loop and outside in no common order, so that CPU devices wait for each
+    other until XLA ends the process."""
+    meshes = jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()
+    return any(mesh.size > 1 for mesh in meshes)
+
+
 def inherited(layer: type) -> Callable[..., Any]:
     """flax's own ``layer.__call__`` for a subclass's: called as ``super().__call__`` it would be
     one more call to flax's interceptors and captured intermediates."""
