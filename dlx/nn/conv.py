@@ -25,9 +25,10 @@ from jax import lax
 from dlx.nn.lowering import fits, on_cpu, spread
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: LAYOUT}
+LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: LAYOUT, 3: ("NDHWC", "DHWIO", "NDHWC")}
 FEW = 16  # output channels: a vector of float32
 MANY, ROWS = 256, 64  # channels, rows of a product that are worth the sums of `_winograd`
+EXACT = (jnp.float32, jnp.float64)  # half precision must not be summed in itself
 CHUNK = 2**22  # bytes: what a core's cache holds, about
 
 Pair = tuple[int, int]
@@ -51,8 +52,8 @@ def conv_general_dilated(
     n = lhs.ndim - 2
     d = tuple(kwargs.get("rhs_dilation") or (1,) * n)
     ordinary = (
-        n in LAYOUTS
-        and lhs.dtype in (jnp.float32, jnp.float64)  # half precision must not be summed in itself
+        n < 3
+        and lhs.dtype in EXACT
         and kwargs.get("feature_group_count", 1) == kwargs.get("batch_group_count", 1) == 1
         and set(kwargs.get("lhs_dilation") or (1,)) == {1}
         and kwargs.get("precision") is kwargs.get("preferred_element_type") is None
@@ -93,11 +94,9 @@ def conv_general_dilated(
         x, k, dy = lax.optimization_barrier((x, k, dy))
         if not ordinary:
             return plain_backward(x, k, dy)
-        if image:
-            return _input_gradient(x, k, dy, s, pads, d), _kernel_gradient(x, k, dy, s, pads)
-        if forward is not plain:
+        if forward is not plain and not image:
             return jax.vjp(forward, x, k)[1](dy)
-        dk = _image_as_window(x, dy, k.shape[:n], s, pads, d)
+        dk = kernel_gradient(x, dy, k.shape[:n], s, pads, d)
         return _input_gradient(x, k, dy, s, pads, d), dk
 
     conv = jax.custom_vjp(lambda x, k: on_cpu(forward, plain, x, k))
@@ -136,17 +135,22 @@ def _input_gradient(
     )
 
 
-def _kernel_gradient(x: jax.Array, k: jax.Array, dy: jax.Array, s: Sizes, pads: Pads) -> jax.Array:
+def kernel_gradient(
+    x: jax.Array, dy: jax.Array, size: Sizes, s: Sizes, pads: Pads, d: Sizes
+) -> jax.Array:
     """dk[i, j] = sum over b, p, q of x[b, s p + i, s q + j] dy[b, p, q]: as matrix products.
 
     XLA's is a convolution whose window is the whole image. The images are taken a few at a time,
     so that what is copied for the products stays in the cache.
     """
-    (h, w, C, O), B = k.shape, x.shape[0]  # noqa: E741
+    B, C, O = len(x), x.shape[-1], dy.shape[-1]  # noqa: E741
+    image = len(s) == 2 and set(d) == {1} and x.dtype in EXACT and min(map(min, pads)) >= 0
+    if not image or O < FEW <= C:
+        return _image_as_window(x, dy, size, s, pads, d)
+    h, w = size
+    k = jnp.zeros((h, w, C, O), x.dtype)
     if (h, w) == (1, 1) and not any(pads[0] + pads[1]):
         return jax.vjp(lambda k: _pointwise(x, k, s), k)[1](dy)[0]
-    if O < FEW <= C:
-        return _image_as_window(x, dy, (h, w), s, pads, (1, 1))
 
     if C < FEW:
         r = _block(k.shape, s)  # numbers, an image:
@@ -169,8 +173,7 @@ def _kernel_gradient(x: jax.Array, k: jax.Array, dy: jax.Array, s: Sizes, pads: 
     if few == B:
         return part(x, dy)
     parts = [a.reshape(B // few, few, *a.shape[1:]) for a in (x, dy)]
-    zero = jnp.zeros(k.shape, k.dtype)
-    return lax.scan(lambda dk, both: (dk + part(*both), None), zero, tuple(parts))[0]
+    return lax.scan(lambda dk, both: (dk + part(*both), None), k, tuple(parts))[0]
 
 
 def _pointwise(x: jax.Array, k: jax.Array, s: Sizes) -> jax.Array:
@@ -228,7 +231,7 @@ def _image_as_window(
     channels, 4 lines of 4,096, take 2,600 ms there as XLA has them, and 31 so.
     """
     n = len(s)
-    images, window = batch_last(x, dy)  # (C, H, W, B), (H', W', B, O)
+    images, window = _batch_last(x, dy)  # (C, H, W, B), (H', W', B, O)
     sides = [
         (low, (places - 1) * apart + (outs - 1) * step + 1 - whole - low)
         for places, apart, whole, outs, step, (low, _) in zip(
@@ -241,7 +244,7 @@ def _image_as_window(
     return jnp.moveaxis(dk, 0, -2)
 
 
-def batch_last(x: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _batch_last(x: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(B, H.., C) -> (C, H.., B) and (B, h.., O) -> (h.., B, O), in memory before they are read.
 
     The barrier stands at a flat form. At the transposed one itself XLA copies twice: once to what

@@ -21,12 +21,8 @@ import jax.numpy as jnp
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
-from dlx.nn.conv import batch_last
+from dlx.nn.conv import LAYOUTS, Pads, Sizes, kernel_gradient
 from dlx.nn.lowering import fits, inherited, on_cpu
-
-LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
-Sizes = tuple[int, ...]
-Pads = tuple[tuple[int, int], ...]
 
 
 def conv_transpose(
@@ -126,14 +122,13 @@ def _backward(
         dx[i] = sum over t of k[t]^T dy[s i + low - t]
         dk[t] = sum over i of x[i] dy[s i + low - t]^T
 
-    Both are convolutions of dy as XLA's CPU library has them (NHWC, HWIO), the second with the
-    batch in the place of the channels and x in that of the kernel. Left to itself XLA makes the
-    kernel's gradient a loop over single numbers, and within lax.scan any that is not written so:
-    70 % of the step of a convolutional autoencoder. The barrier keeps what made the operands, and
-    their transposition, out of the convolutions' strided reads.
+    The first is a convolution as XLA's CPU library has them (NHWC, HWIO), the second the kernel's
+    gradient of one from y to x. Left to itself XLA makes that a loop over single numbers, and
+    within lax.scan any that is not written so: 70 % of the step of a convolutional autoencoder.
+    The barrier keeps what made the operands out of the convolutions' strided reads. The products
+    of `kernel_gradient` for 128 to 64 channels, 4 x 4, 128 images of 7 x 7: 24 -> 16 ms.
     """
     n = len(strides)
-    space = tuple(range(1, n + 1))
     pads = []
     for h, H, K, s, d, (low, _) in zip(
         x.shape[1:-1], dy.shape[1:-1], k.shape, strides, dilation, padding, strict=False
@@ -146,11 +141,8 @@ def _backward(
     dx = lax.conv_general_dilated(
         dy, turned, strides, pads, None, dilation, LAYOUTS[n], precision=precision
     )
-    images, window = batch_last(dy, x)  # (O, H.., B), (h.., B, I)
-    dk = lax.conv_general_dilated(
-        images, window, dilation, pads, None, strides, LAYOUTS[n], precision=precision
-    )  # (O, K.., I)
-    return dx, jnp.flip(dk.transpose(*space, n + 1, 0), tuple(range(n)))
+    dk = kernel_gradient(dy, x, k.shape[:n], strides, tuple(pads), dilation)  # (K.., O, I)
+    return dx, jnp.flip(dk, tuple(range(n))).swapaxes(n, n + 1)
 
 
 class ConvTranspose(linen.ConvTranspose):
