@@ -4,7 +4,7 @@ Paper     He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", a
           section 4.2
 Command   python -m experiments.fashion_mnist_resnet
 Hardware  2 CPU cores
-Expected  no record yet; the goal is a test accuracy of 94.5 %
+Expected  test accuracy 94.29 % (seed 0); the goal is 94.5 %
 """
 
 import dataclasses
@@ -30,7 +30,12 @@ CARD = {
     "target": 94.5,
     "bar": {"value": 94.9, "source": "ResNet-18, 11 M parameters; the data set's README"},
     "reported": None,  # the paper has no figure on this data
-    "time": "2 h",
+    "time": "1 h",
+    "notes": "At least 94.0 was asked for, 94.5 the goal. What it sees while it trains it knows no "
+    "better (95.1 % of the distorted training images, 94.90 of the validation images), so it is "
+    "small rather than overfitted. Two ideas, on the validation images alone: the mean with the "
+    "mirrored image 95.04 %, with four shifts by a pixel as well 95.08 %. The seconds hold pauses "
+    "and other work: alone a step takes 0.23 s, a run 50 minutes.",
 }
 
 
