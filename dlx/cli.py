@@ -354,8 +354,7 @@ def _train(name, build, config, flags, folder, preset) -> None:
     _say(f"{name}: preset {preset}, seed {config.run.seed}, {config.run.steps:,} steps on "
                 f"{jax.device_count()} x {jax.devices()[0].device_kind}")  # fmt: skip
     cached = jax.config.values["jax_enable_compilation_cache"]
-    place = os.environ["JAX_COMPILATION_CACHE_DIR"] if cached else "none for several CPU devices"
-    _say(f"compilation cache: {place}")
+    _say(f"compilation cache: {os.environ['JAX_COMPILATION_CACHE_DIR'] if cached else 'off'}")
     state = None
     parts = runs.phases(build(config), config, folder)
     with contextlib.ExitStack() as stack:

@@ -7,10 +7,6 @@ serve the generator's too, as in PyTorch's tutorial. The loss is the generator's
 from experiments.benchmarks.cases import Ours, Theirs
 
 ROWS = {"dcgan": "DCGAN, 64 and 128 channels, 100 latents, 28x28, batch 128"}
-WHY = {
-    "dcgan": "In 196 ms, in part at once: 118 of XLA's convolutions, 54 of the loops of kernels' "
-    "gradients, 49 of copies and sums.",
-}
 
 
 def ours(row):

@@ -9,8 +9,8 @@ ROWS = {
 SIZES = {"gpt-4x128": (4, 4, 128, 12, 64), "gpt-6x384": (6, 6, 384, 8, 256)}
 VOCABULARY, RATE, DECAY = 65, 1e-3, 0.1
 WHY = {
-    "gpt-6x384": "XLA's matrix product: 2048 x 384 by 384 x 1536 at about 200 GFLOP/s, "
-    "PyTorch's at up to 277. The step is little else.",
+    "gpt-6x384": "In 746 ms, in part at once: 617 of matrix products, 49 of Adam's sums, 37 of "
+    "what attention copies for a few sequences at a time and back.",
 }
 
 
