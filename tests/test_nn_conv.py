@@ -8,7 +8,7 @@ import pytest
 
 import dlx
 from dlx import nn
-from dlx.nn import conv
+from dlx.nn import conv, products
 from tests.test_nn import assert_same, lowered, operations
 
 PADS = ["SAME", "VALID", ((2, 0), (0, 3)), ((0, 3), (4, 1))]
@@ -74,6 +74,55 @@ def test_where_it_pays():
     assert few(61, 4, 256) == 61 and few(331, 4, 512) == 0  # a prime: one image at a time
     assert few(64, 4, 255) == few(64, 4, 256, 255) == few(64, 4, 256, pad=-1) == 0
     assert few(64, 4, 256, stride=2) == few(64, 4, 256, size=5) == few(1, 4, 512) == 0
+
+
+@pytest.mark.parametrize("shapes", [(1024, 3, 5), (1025, 3, 5), (1026, 5, 3), (7, 5, 3)])
+def test_products_over_long_rows(shapes, x64):
+    """x^T y in halves, the narrower side first; odd and short ones in one product."""
+    P, M, N = shapes
+    x = jax.random.normal(jax.random.key(0), (P, M), jnp.float64)
+    y = jax.random.normal(jax.random.key(1), (P, N), jnp.float64)
+    np.testing.assert_allclose(products.over_rows(x, y), np.asarray(x).T @ np.asarray(y))
+    assert_same(products.product, jnp.dot, x, jnp.ones((M, N)) + y[:M])
+
+
+@pytest.mark.parametrize(
+    ("C", "O", "size", "stride"),
+    [(17, 33, 3, 1), (33, 17, 3, 1), (17, 33, 3, 2), (2, 17, 3, 2), (17, 2, 1, 1)],
+)
+def test_many_places(C, O, size, stride, x64):  # noqa: E741
+    """Sizes at which products over places and a strided input's gradient are the fast ones."""
+    x = jax.random.normal(jax.random.key(0), (2, 48, 45, C), jnp.float64)
+    k = jax.random.normal(jax.random.key(1), (size, size, C, O), jnp.float64)
+    convolutions = [
+        lambda x, k, f=f: f(x, k, (stride,) * 2, "SAME", dimension_numbers=conv.LAYOUT)
+        for f in (conv.conv_general_dilated, jax.lax.conv_general_dilated)
+    ]
+    assert_same(*convolutions, x, k)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (8, 8)])
+@pytest.mark.parametrize("strides", [(2, 2), (1, 2), (3, 2)])
+@pytest.mark.parametrize("padding", PADS)
+def test_strided_input_phase_by_phase(padding, strides, size, x64):
+    """Every phase of a stride, those that no place of the kernel meets among them."""
+    x = jnp.zeros((2, *size, 3))
+    for window in [(3, 3), (4, 4), (2, 5), (1, 1)]:
+        k = jax.random.normal(jax.random.key(0), (*window, 3, 5), jnp.float64)
+
+        def strided(x, k=k):
+            return jax.lax.conv_general_dilated(
+                x, k, strides, padding, dimension_numbers=conv.LAYOUT
+            )
+
+        y, pull = jax.vjp(strided, x)
+        dy = jax.random.normal(jax.random.key(1), y.shape, jnp.float64)
+        pads = padding
+        if isinstance(padding, str):
+            pads = jax.lax.padtype_to_pads(size, window, strides, padding)
+        turned = k[::-1, ::-1].swapaxes(-1, -2)
+        found = conv._phase_by_phase(dy, turned, size, strides, pads)
+        np.testing.assert_allclose(found, pull(dy)[0], atol=1e-12)
 
 
 def test_no_loop_over_what_lies_on_several_devices():

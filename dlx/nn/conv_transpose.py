@@ -23,6 +23,7 @@ from jax import lax
 
 from dlx.nn.conv import LAYOUTS, Pads, Sizes, kernel_gradient
 from dlx.nn.lowering import fits, inherited, on_cpu
+from dlx.nn.products import product
 
 
 def conv_transpose(
@@ -100,7 +101,7 @@ def _subpixel(x: jax.Array, k: jax.Array, strides: Sizes, padding: Pads, precisi
     k = k.reshape(*blocks, I, -1)
     if set(blocks) == {1}:
         x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)))
-        y = jnp.dot(x, k.reshape(I, -1), precision=precision)
+        y = product(x.reshape(-1, I), k.reshape(I, -1), precision).reshape(*x.shape[:-1], -1)
     else:
         y = lax.conv_general_dilated(
             x, k, (1,) * n, pads, dimension_numbers=LAYOUTS[n], precision=precision
