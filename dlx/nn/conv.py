@@ -206,11 +206,17 @@ def kernel_gradient(
         def part(x: jax.Array, dy: jax.Array) -> jax.Array:
             return _place_by_place(x, dy, (h, w), s, pads)
 
-    few = _few(x, copied * x.dtype.itemsize, CHUNK)
+    # Every turn of the loop reads and writes all of dk.
+    few = _few(x, copied * x.dtype.itemsize, max(CHUNK, k.nbytes))
     if few == B:
-        return part(x, dy)
-    parts = [a.reshape(B // few, few, *a.shape[1:]) for a in (x, dy)]
-    return lax.scan(lambda dk, both: (dk + part(*both), None), k, tuple(parts))[0]
+        dk = part(x, dy)
+    else:
+        turns = tuple(a.reshape(B // few, few, *a.shape[1:]) for a in (x, dy))
+        none = jnp.zeros_like(jax.eval_shape(part, *(a[0] for a in turns)))
+        dk = lax.scan(lambda dk, both: (dk + part(*both), None), none, turns)[0]
+    if s == (1, 1) and C >= FEW:
+        dk = dk.reshape(w, C, h, O).transpose(2, 0, 1, 3)
+    return dk.reshape(k.shape)
 
 
 def _pointwise(x: jax.Array, k: jax.Array, s: Sizes) -> jax.Array:
@@ -237,8 +243,7 @@ def _rows_by_columns(x: jax.Array, dy: jax.Array, size: Pair, pads: Pads) -> jax
     rows = (h - 1 + low - i for i in range(h))
     high = _side_by_side([dy[:, row : row + H] for row in rows])  # (B, H, W', h O)
     wide, high = lax.optimization_barrier((wide, high))
-    dk = over_rows(wide.reshape(-1, w * C), high.reshape(-1, h * O))  # (w C, h O)
-    return dk.reshape(w, C, h, O).transpose(2, 0, 1, 3)
+    return over_rows(wide.reshape(-1, w * C), high.reshape(-1, h * O))  # (w C, h O)
 
 
 def _side_by_side(parts: list[jax.Array]) -> jax.Array:
@@ -266,8 +271,7 @@ def _place_by_place(x: jax.Array, dy: jax.Array, size: Pair, s: Sizes, pads: Pad
         part = x[:, i : i + (H - 1) * s[0] + 1 : s[0], j : j + (W - 1) * s[1] + 1 : s[1]]
         return over_rows(part.reshape(-1, x.shape[3]), flat)  # (C, O)
 
-    dk = jnp.stack([place(i, j) for i in range(h) for j in range(w)])
-    return dk.reshape(h, w, *dk.shape[1:])
+    return jnp.stack([place(i, j) for i in range(h) for j in range(w)])  # (h w, C, O)
 
 
 def _image_as_window(
