@@ -14,8 +14,8 @@ SIZES = {"resnet18": (64, 32, 10), "resnet50": (8, 224, 1000)}  # batch, height 
 # the third digit of the second.
 RATES = {"resnet18": 0.01, "resnet50": 1e-4}
 WHY = {
-    "resnet18": "In 1,240 ms, in part at once: 720 of XLA's convolutions and products, 95 of what "
-    "is joined and padded for kernels' gradients, 29 of their loops; the rest is sums.",
+    "resnet18": "Of 1,090 ms 842 are XLA's convolutions and products, 104 batch normalisation, 64 "
+    "what is joined and padded for kernels' gradients, 38 ReLU, 26 the optimizer.",
 }
 
 

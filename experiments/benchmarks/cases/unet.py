@@ -4,8 +4,8 @@ from experiments.benchmarks.cases import Ours, Theirs
 
 ROWS = {"unet": "U-Net of 32 features and depth 3, 64x64, batch 16"}
 WHY = {
-    "unet": "In 385 ms, in part at once: 206 of XLA's convolutions and products, 27 of what is "
-    "joined and padded for kernels' gradients, 19 of transpositions.",
+    "unet": "Of 350 ms 254 are XLA's convolutions and products, 38 batch normalisation, 31 what is "
+    "joined and padded for kernels' gradients, 17 ReLU.",
 }
 
 
