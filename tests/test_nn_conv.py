@@ -125,6 +125,20 @@ def test_strided_input_phase_by_phase(padding, strides, size, x64):
         np.testing.assert_allclose(found, pull(dy)[0], atol=1e-12)
 
 
+@pytest.mark.parametrize("padding", PADS)
+def test_columns(padding, x64):
+    """A kernel that is larger than the images, with strides."""
+    x = jax.random.normal(jax.random.key(0), (1, 5, 6, 17), jnp.float64)
+    k = jax.random.normal(jax.random.key(1), (3, 3, 17, 65), jnp.float64)
+    convolutions = [
+        lambda x, k, f=f: f(x, k, (2, 3), padding, dimension_numbers=conv.LAYOUT)
+        for f in (conv.conv_general_dilated, jax.lax.conv_general_dilated)
+    ]
+    text = jax.jit(convolutions[0]).lower(x, k).as_text()
+    assert "dot_general" in text and "stablehlo.convolution" not in text
+    assert_same(*convolutions, x, k)
+
+
 def test_no_loop_over_what_lies_on_several_devices():
     """Each turn would exchange data, in no common order with what is exchanged outside."""
     x = jnp.ones((64, 32, 32, 32))
