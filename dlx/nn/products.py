@@ -41,7 +41,8 @@ def over_rows(x: jax.Array, y: jax.Array, precision: Any = None) -> jax.Array:
     0.12). `dlx.nn.dense` does without: in GPTs, an LSTM and WaveNet it gave nothing, for there
     other products fill the gaps.
     """
-    if len(x) < LONG or spread(x):
+    exact = x.dtype in (jnp.float32, jnp.float64)  # half precision must not be summed in itself
+    if len(x) < LONG or not exact or spread(x):
         return jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), precision)
     if x.shape[1] > y.shape[1]:  # the barrier keeps XLA from writing it as it was
         return jax.lax.optimization_barrier(over_rows(y, x, precision)).T
