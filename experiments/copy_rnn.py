@@ -3,9 +3,9 @@
 Paper     Hochreiter, Schmidhuber, "Long Short-Term Memory", 1997; in the form of Arjovsky, Shah,
           Bengio, "Unitary Evolution Recurrent Neural Networks", arXiv 1511.06464, section 4.1
 Command   python -m experiments.copy_rnn
-Hardware  2 CPU cores
-Expected  no record yet; the goal is that LSTM and GRU get below 10 ln 8 / (T + 20) nats a step,
-          the best that is possible without a memory, and that the Elman network does not
+Hardware  2 CPU cores, eight minutes a seed
+Expected  of 10 ln 8 / (T + 20) nats a step, the best that is possible without a memory, the LSTM
+          has 64 %, the GRU 13 %, and the Elman network 100.2 % (three seeds)
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ CARD = {
     "bar": {"value": 100.0, "source": "no memory: 10 ln 8 / (T + 20) nats a step"},
     "also": {"GRU": "test/share_gru", "Elman, tanh": "test/share_elman"},
     "reported": None,  # the paper draws curves
-    "time": "12 min",
+    "time": "8 min",
     "notes": "Cross-entropy a step in percent of what is possible without a memory.",
 }
 SYMBOLS, COPIED = 8, 10  # how many there are, and how many a sequence has
