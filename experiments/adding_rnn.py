@@ -5,8 +5,8 @@ Paper     Hochreiter, Schmidhuber, "Long Short-Term Memory", 1997, section 5.4, 
 Command   python -m experiments.adding_rnn
 Hardware  2 CPU cores
 Expected  no record yet; the goal is an error of the LSTM and of the GRU below 6 % of 1 / 6, which
-          is that of always answering 1, and that the Elman network does not get below it (over 100
-          steps LSTM and GRU have 0.2 %, and it 87 to 100 %)
+          is that of always answering 1, and that the Elman network does not get below it (with
+          --length 100 --seeds 0..4 LSTM and GRU have 0.2 %, and it 87 to 100 %)
 """
 
 import dataclasses

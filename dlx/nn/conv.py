@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from typing import Any
 
 import flax.linen as linen
@@ -26,13 +25,12 @@ import numpy as np
 from jax import lax
 
 from dlx.nn.lowering import fits, on_cpu, spread
-from dlx.nn.products import over_rows, product
+from dlx.nn.products import EXACT, over_rows, product
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: LAYOUT, 3: ("NDHWC", "DHWIO", "NDHWC")}
 FEW = 16  # output channels: a vector of float32
 MANY, ROWS = 256, 64  # channels, rows of a product that are worth the sums of `_winograd`
-EXACT = (jnp.float32, jnp.float64)  # half precision must not be summed in itself
 CHUNK = 2**22  # bytes: what a core's cache holds, about
 
 Pair = tuple[int, int]
@@ -79,6 +77,7 @@ def conv_general_dilated(
             )
         )
     image = ordinary and n == 2 and set(d) == {1}
+    places = jax.eval_shape(plain, lhs, rhs).size // rhs.shape[-1] if image else 0  # B H' W'
     if ordinary and set(rhs.shape[:n]) == {1} and not any(map(any, pads)):
 
         def forward(x: jax.Array, k: jax.Array) -> jax.Array:
@@ -91,7 +90,7 @@ def conv_general_dilated(
 
         def forward(x: jax.Array, k: jax.Array) -> jax.Array:
             return _winograd(x, k, pads, few)
-    elif image and s != (1, 1) and rhs.size > 512 * _places(lhs.shape, rhs.shape, s, pads):
+    elif image and s != (1, 1) and rhs.size > 512 * places:
 
         def forward(x: jax.Array, k: jax.Array) -> jax.Array:
             return _columns(x, k, s, pads)
@@ -219,7 +218,7 @@ def kernel_gradient(
         turns = tuple(a.reshape(B // few, few, *a.shape[1:]) for a in (x, dy))
         none = jnp.zeros_like(jax.eval_shape(part, *(a[0] for a in turns)))
         dk = lax.scan(lambda dk, both: (dk + part(*both), None), none, turns)[0]
-    if s == (1, 1) and C >= FEW:
+    if s == (1, 1) and C >= FEW:  # as `_rows_by_columns` has it
         dk = dk.reshape(w, C, h, O).transpose(2, 0, 1, 3)
     return dk.reshape(k.shape)
 
@@ -386,12 +385,6 @@ def _few(x: jax.Array, size: int, space: int) -> int:
         return B
     few = min(B, max(1, space // max(1, size)))
     return next((n for n in range(few, 0, -1) if B % n == 0), 1)
-
-
-def _places(x: Sizes, k: Sizes, s: Sizes, pads: Pads) -> int:
-    """B H' W'."""
-    sizes = zip(x[1:3], k[:2], s, pads, strict=True)
-    return x[0] * math.prod((size + sum(pad) - K) // step + 1 for size, K, step, pad in sizes)
 
 
 def _columns(x: jax.Array, k: jax.Array, s: Sizes, pads: Pads) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dlx.nn.lowering import spread
 
+EXACT = (jnp.float32, jnp.float64)  # half precision must not be summed in itself
 LONG = 1024  # rows
 
 
@@ -37,12 +38,11 @@ def over_rows(x: jax.Array, y: jax.Array, precision: Any = None) -> jax.Array:
     The narrower side is the one that is transposed, of which XLA then packs less; and the rows are
     two halves, which are computed at once, each in the other's gaps. 16,384 rows, 576 by 64: 17.4
     -> 7.1 ms; 4,096 rows, 192 by 96: 1.7 -> 0.8; 65,536 rows, 32 by 2: 1.3 -> 0.5. A U-Net's step
-    gains 1.15 by it, a DCGAN's 1.05, ResNet-18's 1.03 (2 cores of an Intel Xeon, float32, jax
-    0.12). `dlx.nn.dense` does without: in GPTs, an LSTM and WaveNet it gave nothing, for there
-    other products fill the gaps.
+    gains 1.12 by it, ResNet-18's 1.03 (2 cores of an Intel Xeon, float32, jax 0.12). `dlx.nn.dense`
+    does without: in GPTs, an LSTM and WaveNet it gave nothing, for there other products fill the
+    gaps.
     """
-    exact = x.dtype in (jnp.float32, jnp.float64)  # half precision must not be summed in itself
-    if len(x) < LONG or not exact or spread(x):
+    if len(x) < LONG or x.dtype not in EXACT or spread(x):
         return jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), precision)
     if x.shape[1] > y.shape[1]:  # the barrier keeps XLA from writing it as it was
         return jax.lax.optimization_barrier(over_rows(y, x, precision)).T
