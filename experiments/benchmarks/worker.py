@@ -37,6 +37,7 @@ SIDES = {
     "compile": "PyTorch, torch.compile",
 }
 SCANNED = 4
+BATCHES = 16  # that are read in turn
 CHECKED = 3  # first steps, whose losses are reported
 LOOPS = ("fit", "constant")
 TORCH = ("eager", "kept", "channels-last", "compile")
@@ -140,7 +141,7 @@ def loop_seconds(case: cases.Ours, fresh: bool, steps: int) -> float:
         return (inner, i + 1), metrics
 
     size = len(next(iter(case.batch.values())))
-    examples = {k: np.concatenate([x] * 4) for k, x in case.batch.items()}
+    examples = {k: np.concatenate([x] * BATCHES) for k, x in case.batch.items()}
     data: Any = lambda first_step, rows: itertools.repeat(case.batch)  # noqa: E731
     if fresh:
         data = case.data or arrays.batches(examples, size, seed=0)
