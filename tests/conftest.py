@@ -58,3 +58,11 @@ def promoting():
     """The promotion that flax and optax need within themselves; ours stays strict elsewhere."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def constants(monkeypatch):
+    """monkeypatch for what functions read while they are traced: such traces do not outlive it."""
+    jax.clear_caches()
+    yield monkeypatch
+    jax.clear_caches()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dlx import nn
-from dlx.nn import conv
+from dlx.nn import conv, products
 
 
 def derivatives(f, *args):
@@ -74,12 +74,12 @@ CONVOLUTIONS = [  # size, strides, padding, channels: all the forms there are
     [
         pytest.param(*c, n, marks=[pytest.mark.slow] * (i > 4))
         for i, c in enumerate(CONVOLUTIONS)
-        for n in (1, conv.CHUNK)[: 1 + (i % 4 == 0)]
+        for n in (1, products.CHUNK)[: 1 + (i % 4 == 0)]
     ],
 )
-def test_convolution(size, strides, padding, channels, chunk, x64, monkeypatch):
+def test_convolution(size, strides, padding, channels, chunk, x64, constants):
     """Image by image and, of every fourth, all at once."""
-    monkeypatch.setattr(conv, "CHUNK", chunk)
+    constants.setattr(products, "CHUNK", chunk)
     x = jax.random.normal(jax.random.key(0), (3, 7, 9, channels[0]), jnp.float64)
     k = jax.random.normal(jax.random.key(1), (*size, *channels), jnp.float64)
     convolutions = [

@@ -8,7 +8,7 @@ import pytest
 
 import dlx
 from dlx import nn
-from dlx.nn import conv, products
+from dlx.nn import conv, products, winograd
 from tests.test_nn import assert_same, lowered, operations
 
 PADS = ["SAME", "VALID", ((2, 0), (0, 3)), ((0, 3), (4, 1))]
@@ -20,14 +20,14 @@ PADS = ["SAME", "VALID", ((2, 0), (0, 3)), ((0, 3), (4, 1))]
         pytest.param(p, s, c, marks=[pytest.mark.slow] * (i + j + (c > 1) > 1))
         for i, p in enumerate(PADS)
         for j, s in enumerate([(7, 9), (4, 4), (3, 5)])
-        for c in (1, conv.CHUNK)
+        for c in (1, products.CHUNK)
     ],
 )
-def test_winograd(padding, size, chunk, x64, monkeypatch):
+def test_winograd(padding, size, chunk, x64, constants):
     """Heights that four divides and does not, image by image and all at once."""
-    monkeypatch.setattr(conv, "CHUNK", chunk)
-    monkeypatch.setattr(conv, "MANY", 17)
-    monkeypatch.setattr(conv, "ROWS", 1)
+    constants.setattr(products, "CHUNK", chunk)
+    constants.setattr(winograd, "MANY", 17)
+    constants.setattr(winograd, "ROWS", 1)
     x = jax.random.normal(jax.random.key(0), (3, *size, 17), jnp.float64)
     k = jax.random.normal(jax.random.key(1), (3, 3, 17, 18), jnp.float64)
     convolutions = [
@@ -46,15 +46,15 @@ def test_single_precision():
         wanted = jax.lax.conv_general_dilated(
             exact[0], exact[1], (1, 1), "SAME", dimension_numbers=conv.LAYOUT
         )
-    found = conv._winograd(x, k, ((1, 1), (1, 1)), 2)
+    found = winograd.conv(x, k, ((1, 1), (1, 1)), 2)
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(np.asarray(wanted)).max())
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_where_it_is_used(scan, monkeypatch):
+def test_where_it_is_used(scan, constants):
     """On a CPU alone: a product of six in place of the convolution, forward and for the input."""
-    monkeypatch.setattr(conv, "MANY", 17)
-    monkeypatch.setattr(conv, "ROWS", 16)
+    constants.setattr(winograd, "MANY", 17)
+    constants.setattr(winograd, "ROWS", 16)
     layers = [m.Conv(34, (3, 3)) for m in (nn, linen)]
     for platform in ("tpu", "cuda"):
         ours, flax = (lowered(layer, platform, scan) for layer in layers)
@@ -68,7 +68,7 @@ def test_where_it_pays():
 
     def few(B, H, C, O=256, size=3, stride=1, pad=1):  # noqa: E741
         x = jnp.zeros((B, H, H, C))
-        return conv._at_once(x, (size, size, C, O), (stride, stride), ((pad, pad), (pad, pad)))
+        return winograd.at_once(x, (size, size, C, O), (stride, stride), ((pad, pad), (pad, pad)))
 
     assert few(64, 4, 512) == 32 and few(64, 8, 256) == 16 and few(8, 7, 512) == 8
     assert few(61, 4, 256) == 61 and few(331, 4, 512) == 0  # a prime: one image at a time

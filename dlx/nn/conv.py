@@ -4,7 +4,8 @@ XLA's CPU backend computes a convolution itself well, at two thirds of a matrix 
 its gradient for the kernel at a tenth to a third, and one with fewer than 16 outputs at less still.
 What is written here as matrix products instead is told at each form, with what it gains (2 cores
 of an Intel Xeon at 2.5 GHz, float32, jax 0.12). Of lines (B, W, C) and dilated kernels the
-gradients alone are written anew; volumes and groups are left to XLA.
+gradients alone are written anew; volumes and groups are left to XLA. Forms are jitted, so that
+layers of one shape are traced once.
 
 Reverse mode works to any order, and vmap; forward mode does not (jax.custom_vjp): `nn.plain()`.
 
@@ -21,21 +22,15 @@ from typing import Any
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from dlx.nn.lowering import fits, on_cpu, spread
-from dlx.nn.products import EXACT, over_rows, product
+from dlx.nn import winograd
+from dlx.nn.lowering import fits, on_cpu
+from dlx.nn.products import EXACT, Pads, Pair, Sizes, at_a_time, over_rows, product, side_by_side
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: LAYOUT, 3: ("NDHWC", "DHWIO", "NDHWC")}
 FEW = 16  # output channels: a vector of float32
-MANY, ROWS = 256, 64  # channels, rows of a product that are worth the sums of `_winograd`
-CHUNK = 2**22  # bytes: what a core's cache holds, about
-
-Pair = tuple[int, int]
-Sizes = tuple[int, ...]  # a number for each of the dimensions of an image or a line
-Pads = tuple[Pair, ...]
 
 
 def conv_general_dilated(
@@ -86,10 +81,10 @@ def conv_general_dilated(
 
         def forward(x: jax.Array, k: jax.Array) -> jax.Array:
             return _banded(x, k, s, pads)
-    elif image and (few := _at_once(lhs, rhs.shape, s, pads)):
+    elif image and (few := winograd.at_once(lhs, rhs.shape, s, pads)):
 
         def forward(x: jax.Array, k: jax.Array) -> jax.Array:
-            return _winograd(x, k, pads, few)
+            return winograd.conv(x, k, pads, few)
     elif image and s != (1, 1) and rhs.size > 512 * places:
 
         def forward(x: jax.Array, k: jax.Array) -> jax.Array:
@@ -114,6 +109,7 @@ def conv_general_dilated(
     return conv(lhs, rhs)
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _input_gradient(
     x: jax.Array, k: jax.Array, dy: jax.Array, s: Sizes, pads: Pads, d: Sizes
 ) -> jax.Array:
@@ -137,8 +133,8 @@ def _input_gradient(
             k.shape[:n], d, x.shape[1:-1], dy.shape[1:-1], s, pads, strict=True
         )
     )
-    if image and (few := _at_once(dy, turned.shape, s, sides)):
-        return _winograd(dy, turned, sides, few)
+    if image and (few := winograd.at_once(dy, turned.shape, s, sides)):
+        return winograd.conv(dy, turned, sides, few)
     return lax.conv_general_dilated(
         dy, turned, (1,) * n, sides, lhs_dilation=s, rhs_dilation=d, dimension_numbers=LAYOUTS[n]
     )
@@ -175,6 +171,7 @@ def _phase_by_phase(
     return dx[:, : size[0], : size[1]]
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def kernel_gradient(
     x: jax.Array, dy: jax.Array, size: Sizes, s: Sizes, pads: Pads, d: Sizes
 ) -> jax.Array:
@@ -211,7 +208,7 @@ def kernel_gradient(
             return _place_by_place(x, dy, (h, w), s, pads)
 
     # Every turn of the loop reads and writes all of dk.
-    few = _few(x, copied * x.dtype.itemsize, max(CHUNK, k.nbytes))
+    few = at_a_time(x, copied * x.dtype.itemsize, k.nbytes)
     if few == B:
         dk = part(x, dy)
     else:
@@ -223,6 +220,7 @@ def kernel_gradient(
     return dk.reshape(k.shape)
 
 
+@functools.partial(jax.jit, static_argnums=(2,))
 def _pointwise(x: jax.Array, k: jax.Array, s: Sizes) -> jax.Array:
     """1 x 1: one matrix product. Its gradients are too: that of the kernel 78 -> 9 ms for 256 to
     1,024 channels on 8 images of 14 x 14, 228 -> 20 ms with stride 2; itself 12 -> 8 ms."""
@@ -243,23 +241,11 @@ def _rows_by_columns(x: jax.Array, dy: jax.Array, size: Pair, pads: Pads) -> jax
     # Row p of x meets row p + low - i of dy at place i.
     dy = jnp.pad(dy, ((0, 0), (h - 1, h - 1 + max(0, H - H_)), (0, 0), (0, 0)))
     x, dy = lax.optimization_barrier((x, dy))
-    wide = _side_by_side([x[:, :, j : j + W_] for j in range(w)])  # (B, H, W', w C)
+    wide = side_by_side([x[:, :, j : j + W_] for j in range(w)])  # (B, H, W', w C)
     rows = (h - 1 + low - i for i in range(h))
-    high = _side_by_side([dy[:, row : row + H] for row in rows])  # (B, H, W', h O)
+    high = side_by_side([dy[:, row : row + H] for row in rows])  # (B, H, W', h O)
     wide, high = lax.optimization_barrier((wide, high))
     return over_rows(wide.reshape(-1, w * C), high.reshape(-1, h * O))  # (w C, h O)
-
-
-def _side_by_side(parts: list[jax.Array]) -> jax.Array:
-    """jnp.concatenate(parts, -1), by one pass in all threads: XLA copies each part before it
-    joins them in one thread. A step of ResNet-18 1,250 -> 1,160 ms, of a U-Net 425 -> 390."""
-    C, n = parts[0].shape[-1], len(parts)
-    zero = jnp.zeros((), parts[0].dtype)
-    padded = (
-        lax.pad(a, zero, ((0, 0, 0),) * (a.ndim - 1) + ((i * C, (n - 1 - i) * C, 0),))
-        for i, a in enumerate(parts)
-    )
-    return functools.reduce(jnp.add, padded)
 
 
 def _place_by_place(x: jax.Array, dy: jax.Array, size: Pair, s: Sizes, pads: Pads) -> jax.Array:
@@ -315,78 +301,7 @@ def _batch_last(x: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
     return a.reshape(images.shape), b.reshape(window.shape)
 
 
-def _at_once(x: jax.Array, k: tuple[int, ...], s: Sizes, pads: Pads) -> int:
-    """Images that `_winograd` takes at a time; 0 where it does not pay."""
-    if k[:2] != (3, 3) or s != (1, 1) or min(k[2:]) < MANY or min(pads[0] + pads[1]) < 0:
-        return 0
-    H, W = (size + sum(pad) - 2 for size, pad in zip(x.shape[1:3], pads, strict=True))
-    rows = -(-H // 4) * W  # of a product, an image
-    few = _few(x, 72 * rows * k[2], CHUNK * 5 // 4)  # 18 copies in float32
-    return few if few * rows >= ROWS else 0
-
-
-# Winograd's F(4, 3): Y = A (B x * G k) makes four values from six by six products, not twelve.
-B4 = np.array([
-    [4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
-    [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1],
-])  # fmt: skip
-G4 = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
-A4 = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
-
-
-def _winograd(x: jax.Array, k: jax.Array, pads: Pads, few: int) -> jax.Array:
-    """3 x 3, many channels: four rows of y at once from six of x, with half the products.
-
-    A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308,
-    section 4, along the column alone: both ways would save more products, and lose it to more
-    sums and more to compile. A digit of float32 is lost at most.
-
-    64 images: 512 channels at 4 x 4, 65 -> 29 ms; 256 at 8 x 8, 33 -> 19; 8 images: 512 at 7 x 7,
-    21 -> 12 ms; 256 at 14 x 14, 13 -> 9. The input's gradient is one more of these. ResNet-18's
-    step, 64 images of 32 x 32: 1.90 -> 1.67 s, and 5.6 -> 6.8 s to compile. 128 channels as well:
-    1.65 s, and 8.0 to compile. The kernel's gradient by the same means was slower than
-    `_rows_by_columns`.
-    """
-    B, (C, O) = x.shape[0], k.shape[2:]  # noqa: E741
-    H, W = (size + sum(pad) - 2 for size, pad in zip(x.shape[1:3], pads, strict=True))
-    n = -(-H // 4)  # blocks of four rows
-    rows = (pads[0][0], 4 * n + 2 - x.shape[1] - pads[0][0])
-    G = jnp.asarray(G4, k.dtype) @ k.reshape(3, -1)
-    G = G.reshape(6, 3 * C, O)
-
-    def mixed(matrix: np.ndarray, parts: list[jax.Array], axis: int) -> jax.Array:
-        """Sums of the parts, a row of the matrix each, on a new axis."""
-        shape = [-1 if i == axis else 1 for i in range(parts[0].ndim + 1)]
-        columns = jnp.asarray(matrix.T, x.dtype)
-        return sum(
-            c.reshape(shape) * jnp.expand_dims(p, axis) for c, p in zip(columns, parts, strict=True)
-        )  # type: ignore[return-value]
-
-    def part(x: jax.Array) -> jax.Array:
-        x = lax.optimization_barrier(jnp.pad(x, ((0, 0), rows, pads[1], (0, 0))))
-        x = mixed(B4, [x[:, i : i + 4 * n - 3 : 4] for i in range(6)], 0)
-        x = lax.optimization_barrier(x)  # (6, b, n, W + 2, C)
-        x = _side_by_side([x[:, :, :, j : j + W] for j in range(3)])
-        x = lax.optimization_barrier(x).reshape(6, -1, 3 * C)
-        y = lax.optimization_barrier(jnp.einsum("ipc,ico->ipo", x, G))
-        y = mixed(A4, list(y.reshape(6, -1, n, W, O)), 2)  # (b, n, 4, W, O)
-        return y.reshape(-1, 4 * n, W, O)[:, :H]
-
-    if few == B:
-        return part(x)
-    y = lax.map(part, x.reshape(B // few, few, *x.shape[1:]))
-    return y.reshape(B, *y.shape[2:])
-
-
-def _few(x: jax.Array, size: int, space: int) -> int:
-    """Images of so many bytes that fit, a divisor of B; all of them on several devices."""
-    B = len(x)
-    if spread(x):
-        return B
-    few = min(B, max(1, space // max(1, size)))
-    return next((n for n in range(few, 0, -1) if B % n == 0), 1)
-
-
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _columns(x: jax.Array, k: jax.Array, s: Sizes, pads: Pads) -> jax.Array:
     """A large kernel with strides on small images: one product with all places side by side.
 
@@ -399,7 +314,7 @@ def _columns(x: jax.Array, k: jax.Array, s: Sizes, pads: Pads) -> jax.Array:
     parts = [
         x[:, i : H - h + i + 1 : s[0], j : W - w + j + 1 : s[1]] for i in range(h) for j in range(w)
     ]
-    columns = lax.optimization_barrier(_side_by_side(parts))  # (B, H', W', h w C)
+    columns = lax.optimization_barrier(side_by_side(parts))  # (B, H', W', h w C)
     y = product(columns.reshape(-1, h * w * C), k.reshape(-1, O))
     return y.reshape(*columns.shape[:-1], O)
 
@@ -409,6 +324,7 @@ def _block(k: tuple[int, ...], s: Sizes) -> int:
     return max(1, 2 * FEW // k[3]) if k[3] < FEW else 2
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _banded(x: jax.Array, k: jax.Array, s: Sizes, pads: Pads) -> jax.Array:
     """Few channels: r outputs of a row from all the inputs that they see, by one product with the
     kernel written r times into a banded matrix, each time moved by a stride.
