@@ -72,7 +72,7 @@ def test_where_it_pays():
 
     assert few(64, 4, 512) == 32 and few(64, 8, 256) == 16 and few(8, 7, 512) == 8
     assert few(61, 4, 256) == 61 and few(331, 4, 512) == 0  # a prime: one image at a time
-    assert few(64, 4, 255) == few(64, 4, 256, 255) == few(64, 4, 256, pad=-1) == 0
+    assert few(64, 8, 127) == few(64, 8, 128, 127) == few(64, 4, 256, pad=-1) == 0
     assert few(64, 4, 256, stride=2) == few(64, 4, 256, size=5) == few(1, 4, 512) == 0
 
 

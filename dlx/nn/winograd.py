@@ -14,7 +14,7 @@ from jax import lax
 
 from dlx.nn.products import Pads, Sizes, at_a_time, side_by_side
 
-MANY, ROWS = 256, 64  # channels, rows of a product that are worth the sums
+MANY, ROWS = 128, 64  # channels, rows of a product that are worth the sums
 
 
 def at_once(x: jax.Array, k: tuple[int, ...], s: Sizes, pads: Pads) -> int:
@@ -44,11 +44,11 @@ def conv(x: jax.Array, k: jax.Array, pads: Pads, few: int) -> jax.Array:
     section 4, along the column alone: both ways would save more products, and lose it to more
     sums and more to compile. A digit of float32 is lost at most.
 
-    64 images: 512 channels at 4 x 4, 65 -> 29 ms; 256 at 8 x 8, 33 -> 19; 8 images: 512 at 7 x 7,
-    21 -> 12 ms; 256 at 14 x 14, 13 -> 9. The input's gradient is one more of these. ResNet-18's
-    step, 64 images of 32 x 32: 1.90 -> 1.67 s, and 5.6 -> 6.8 s to compile. 128 channels as well:
-    1.65 s, and 8.0 to compile. The kernel's gradient by the same means was slower than
-    `_rows_by_columns`.
+    64 images: 512 channels at 4 x 4, 48 -> 13 ms; 256 at 8 x 8, 26 -> 14; 128 at 16 x 16, 19 ->
+    15; 8 images: 512 at 7 x 7, 21 -> 12 ms; 256 at 14 x 14, 13 -> 9. The input's gradient is one
+    more of these. ResNet-18's step, 64 images of 32 x 32: 1.90 -> 1.65 s, and 5.0 -> 6.1 s to
+    compile, where flax takes 3.1. 64 channels as well: no faster. The kernel's gradient by the same
+    means was slower than `_rows_by_columns`.
     """
     B, (C, O) = x.shape[0], k.shape[2:]  # noqa: E741
     H, W = (size + sum(pad) - 2 for size, pad in zip(x.shape[1:3], pads, strict=True))
