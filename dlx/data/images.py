@@ -49,7 +49,7 @@ def affine(
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     # Where in the image a pixel comes from, of its y and x from the middle: stretched, sheared
     # along y, rotated, shifted. The barriers are for a CPU: without them all of it is computed
-    # anew for every pixel and corner, and costs LeNet-5's step .5 ms instead of .1.
+    # anew for every pixel and corner, and costs LeNet-5's step .5 ms, not .2.
     to_y = cos * tall, (cos * shear - sin) * wide, u[:, 4] * shift + (H - 1) / 2
     to_x = sin * tall, (sin * shear + cos) * wide, u[:, 5] * shift + (W - 1) / 2
     maps = jax.lax.optimization_barrier(jnp.stack([*to_y, *to_x]))[..., None]  # (6, B, 1)
