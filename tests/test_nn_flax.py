@@ -11,9 +11,20 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dlx import nn
+from dlx.nn import causal_attention
 
 KEY = jax.random.key(0)
 MASK = np.tri(4, dtype=bool)[None, None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    """So that 4 tokens are more than one block of attention."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal_attention, "ROWS", 2)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
 
 
 def ones(*shape, dtype=jnp.float32):

@@ -1,10 +1,10 @@
 """Causal attention that XLA compiles well on a CPU.
 
 Queries are taken 128 at a time, and what they cannot see is not computed; the backward pass keeps
-the weights and needs one sum less; a few sequences at a time stay in the cache. Values and
-gradients of 6 heads of 64: 2 x 1,024 tokens 164 -> 102 ms, 4 x 512 91 -> 59, 8 x 256 43 -> 31.
-Steps of GPTs of 64 and 256 tokens gain 1.06 and 1.07 (2 cores of an Intel Xeon at 2.5 GHz, float32,
-jax 0.12).
+the weights and needs one sum less. Values and gradients of 6 heads of 64: 1 x 2,048 tokens 460 ->
+101 ms, 2 x 1,024 89 -> 57, 4 x 512 46 -> 33, 8 x 256 27.3 -> 23.7; of 128 tokens and fewer nothing
+is gained, and they are left to flax (2 cores of an Intel Xeon at 2.5 GHz, float32, jax 0.12). A few
+sequences at a time, to stay in the cache, was slower: what is copied around the loop costs more.
 
 Reverse mode works to any order, and vmap; forward mode does not (jax.custom_vjp): `nn.plain()`.
 
@@ -23,18 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlx.nn import dense
-from dlx.nn.lowering import fits, on_cpu, spread
+from dlx.nn.lowering import fits, on_cpu
 
 ROWS = 128  # queries that are worked on together
-CACHE = 2**21  # bytes: about what the attention weights of a few sequences may take
 
 
 @wraps(linen.dot_product_attention, assigned=())
 def dot_product_attention(query, key, value, *args, **kwargs):
     """`flax.linen.dot_product_attention`: (..., T, H, D) three times -> (..., T, H, D).
 
-    It is fast on a CPU where the mask is causal, and known to be when the function is traced: a
-    NumPy array, ``mask=np.tri(T, dtype=bool)[None, None]``.
+    It is fast on a CPU where T is above 128 and the mask is causal, and known to be when the
+    function is traced: a NumPy array, ``mask=np.tri(T, dtype=bool)[None, None]``.
     """
     signature = inspect.signature(linen.dot_product_attention)
     options = signature.bind(query, key, value, *args, **kwargs).arguments
@@ -59,10 +58,11 @@ def _ordinary(
     force_fp32_for_softmax: bool = False,
     **others: Any,
 ) -> bool:
-    """Causal self-attention in one precision, and nothing out of the ordinary."""
+    """Causal self-attention of many tokens in one precision, and nothing out of the ordinary."""
     T, dtypes = query.shape[-3], {query.dtype, key.dtype, value.dtype}
     return (
-        all(option is None for option in others.values())
+        T > ROWS
+        and all(option is None for option in others.values())
         and (dropout_rate == 0 or deterministic)
         and dtypes | {jnp.dtype(dtype or query.dtype)} == {query.dtype}
         and query.dtype
@@ -79,19 +79,8 @@ def _blocks(T: int) -> list[slice]:
     return [slice(i, min(i + ROWS, T)) for i in range(0, T, ROWS)]
 
 
-def _few(q: jax.Array) -> int:
-    """Sequences that are worked on together: as many as fit in the cache, or all of them where
-    their number cannot be split so, or they lie on several devices."""
-    B, T, H, _ = q.shape
-    wanted = max(1, CACHE // (H * T * T * q.dtype.itemsize))
-    few = next(n for n in range(min(wanted, B), 0, -1) if B % n == 0)
-    return few if 2 * few > wanted and not spread(q) else B
-
-
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-    """-> (B, T, H, D), what the backward pass needs."""
-    q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)
-    q, v = q.mT / np.sqrt(q.shape[-1]).astype(q.dtype), v.mT  # (B, H, D, T)
+    """(B, H, D, T), (B, H, T, D), (B, H, D, T) -> (B, H, D, T), the weights."""
     parts, weights = [], []
     for rows in _blocks(k.shape[2]):
         n = rows.stop
@@ -101,19 +90,22 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
         p = jnp.exp(s - s.max(-2, keepdims=True))
         weights.append(p / p.sum(-2, keepdims=True))
         parts.append(v[..., :n] @ weights[-1])  # (B, H, D, R)
-    o = jnp.concatenate(parts, -1)  # (B, H, D, T)
-    return o.transpose(0, 3, 1, 2), (o, weights)
+    return jnp.concatenate(parts, -1), weights
 
 
-def _backward(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, saved: Any) -> Any:
-    """With P = softmax(S):  dS = P (dP - o . do),  since o . do is the mean of dP under P."""
-    o, weights = saved
-    scale = np.sqrt(q.shape[-1]).astype(q.dtype)
-    q, k, v, do = (a.swapaxes(1, 2) for a in (q / scale, k, v, do))  # (B, H, T, D)
-    T, kT, doT = q.shape[2], k.mT, do.mT
+def _backward(
+    q: jax.Array, kT: jax.Array, v: jax.Array, do: jax.Array, doT: jax.Array, o: jax.Array,
+    weights: list[jax.Array],
+) -> Any:  # fmt: skip
+    """With P = softmax(S):  dS = P (dP - o . do),  since o . do is the mean of dP under P.
+
+    q, v, do (B, H, T, D), kT, doT, o (B, H, D, T) -> the gradients of q as (B, H, D, T), of k and
+    v as (B, H, T, D).
+    """
+    T = q.shape[2]
     mean = (doT * o).sum(-2, keepdims=True)  # (B, H, 1, T)
     dqs: list[jax.Array] = []
-    dk = dv = jnp.zeros_like(k)
+    dk = dv = jnp.zeros_like(q)
     for rows, p in zip(_blocks(T), weights, strict=True):
         n = rows.stop
         rest = ((0, 0), (0, 0), (0, T - n), (0, 0))
@@ -121,18 +113,7 @@ def _backward(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, saved: An
         dqs.append(kT[..., :n] @ ds)  # (B, H, D, R)
         dk += jnp.pad(ds @ q[:, :, rows], rest)
         dv += jnp.pad(p @ do[:, :, rows], rest)
-    dq = jnp.concatenate(dqs, -1) / scale
-    return dq.transpose(0, 3, 1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
-
-
-def _grouped(f: Any, q: jax.Array, *rest: Any) -> Any:
-    """f on a few sequences at a time."""
-    few = _few(q)
-    if few == len(q):
-        return f(q, *rest)
-    args = jax.tree.map(lambda x: x.reshape(len(q) // few, few, *x.shape[1:]), (q, *rest))
-    out = jax.lax.map(lambda args: f(*args), args)
-    return jax.tree.map(lambda x: x.reshape(len(q), *x.shape[2:]), out)
+    return jnp.concatenate(dqs, -1), dk, dv
 
 
 @jax.custom_vjp
@@ -140,17 +121,30 @@ def _causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _causal_saving(q, k, v)[0]
 
 
-def _causal_saving(*qkv: jax.Array) -> Any:
-    flat = [a.reshape(-1, *a.shape[-3:]) for a in qkv]
-    y, saved = _grouped(_forward, *flat)
-    return y.reshape(qkv[2].shape), (qkv, saved)
+def _columns(x: jax.Array) -> jax.Array:
+    """(..., T, H, D) -> (B, H, D, T)."""
+    return x.reshape(-1, *x.shape[-3:]).transpose(0, 2, 3, 1)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """(..., T, H, D) -> (B, H, T, D)."""
+    return x.reshape(-1, *x.shape[-3:]).swapaxes(1, 2)
+
+
+def _causal_saving(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+    scale = np.sqrt(q.shape[-1]).astype(q.dtype)
+    o, weights = _forward(_columns(q) / scale, _rows(k), _columns(v))
+    return o.transpose(0, 3, 1, 2).reshape(v.shape), (q, k, v, o, weights)
 
 
 def _causal_backward(saved: Any, dy: jax.Array) -> Any:
-    qkv, saved = saved
-    flat = [a.reshape(-1, *a.shape[-3:]) for a in (*qkv, dy)]
-    out = _grouped(_backward, *flat, saved)
-    return tuple(g.reshape(a.shape) for g, a in zip(out, qkv, strict=True))
+    q, k, v, o, weights = saved
+    scale = np.sqrt(q.shape[-1]).astype(q.dtype)
+    dq, dk, dv = _backward(
+        _rows(q) / scale, _columns(k), _rows(v), _rows(dy), _columns(dy), o, weights
+    )
+    gradients = (dq / scale).transpose(0, 3, 1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+    return tuple(g.reshape(q.shape) for g in gradients)
 
 
 _causal.defvjp(_causal_saving, _causal_backward)
