@@ -2,7 +2,9 @@
 `python -m experiments.benchmarks.worker SIDE ROW FOLDER`.
 
 Prints one line of JSON when it is ready. Then, for every number of steps that it reads, the seconds
-that one of them took; a step before them is not counted, for training goes on without a pause.
+that one of them took; a step before them is not counted, for training goes on without a pause. The
+side "fit" takes turns itself, with the same loop on one constant batch: between two processes the
+same loop differs by a tenth, for what they have in memory lies elsewhere.
 `FOLDER` holds the weights to start from; the side "flax" writes them.
 """
 
@@ -28,7 +30,6 @@ SIDES = {
     "dlx": "dlx, the state donated",
     "scan": "dlx, 4 steps in a call",
     "fit": "dlx, the whole loop, batches read and augmented as in an experiment",
-    "constant": "dlx, the whole loop, the same batch again and again",
     "untouched": "dlx, with malloc as it is (DLX_KEEP_MEMORY=0)",
     "flax": "the same model in plain flax.linen under jax.jit",
     "eager": "PyTorch",
@@ -39,7 +40,7 @@ SIDES = {
 SCANNED = 4
 BATCHES = 16  # that are read in turn
 CHECKED = 3  # first steps, whose losses are reported
-LOOPS = ("fit", "constant")
+COMPILED = 3  # times, by the sides whose time to compile is compared
 TORCH = ("eager", "kept", "channels-last", "compile")
 MALLOC = {  # the environment of a side
     "flax": {"DLX_KEEP_MEMORY": "0"},
@@ -67,14 +68,17 @@ def flat(tree: Any, path: str = "") -> dict[str, np.ndarray]:
     return {path.removeprefix("/"): np.asarray(tree)}
 
 
-def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callable[[int], float]]:
-    """(what to report, steps -> seconds)."""
+Turn = Callable[[int], dict[str, float]]  # a number of steps -> {"seconds": of one of them, ...}
+
+
+def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Turn]:
+    """(what to report, what runs)."""
     import jax
 
     from dlx import nn, summary
 
     # Compilations are timed; the loop compiles anew in each turn, and that is not.
-    jax.config.update("jax_enable_compilation_cache", side in LOOPS)
+    jax.config.update("jax_enable_compilation_cache", side == "fit")
     case = rows()[row].ours(row)
     report: dict[str, Any] = {"version": f"jax {jax.__version__}"}
     with nn.plain(side == "flax"):
@@ -84,19 +88,31 @@ def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callabl
             np.savez(folder / "weights.npz", allow_pickle=False, **flat(case.weights(state)))
             np.savez(folder / "batch.npz", allow_pickle=False, **flat(case.batch))
             report["flops"], _ = summary.flops(jax.make_jaxpr(case.step)(state, batch).jaxpr)
-        start = time.perf_counter()
         if side == "scan":
             batch = jax.tree.map(lambda x: jax.numpy.stack([x] * SCANNED), batch)
-            program = jax.jit(lambda s, b: jax.lax.scan(case.step, s, b), donate_argnums=0)
+
+            def step(state: Any, batch: Any) -> Any:
+                return jax.lax.scan(case.step, state, batch)
         else:
-            program = jax.jit(case.step, donate_argnums=0)
-        program.lower(state, batch).compile()
-        report["compile_seconds"] = time.perf_counter() - start
+            step = case.step
+        program, taken = jax.jit(step, donate_argnums=0), []
+        for _ in range(COMPILED if side in ("flax", "dlx") else 1):
+            jax.clear_caches()
+            start = time.perf_counter()
+            program.lower(state, batch).compile()
+            taken.append(time.perf_counter() - start)
+        report["compile_seconds"] = float(np.median(taken))
 
-    if side in LOOPS:
-        return report | {"losses": []}, lambda steps: loop_seconds(case, side == "fit", steps)
+    if side == "fit":
+        turns = itertools.count()
 
-    def run(steps: int) -> float:
+        def loops(steps: int) -> dict[str, float]:
+            names = ["seconds", "constant"][:: 1 - 2 * (next(turns) % 2)]
+            return {name: loop_seconds(case, name == "seconds", steps) for name in names}
+
+        return report | {"losses": []}, loops
+
+    def run(steps: int) -> dict[str, float]:
         nonlocal state
         metrics = None
         start = time.perf_counter()
@@ -105,7 +121,7 @@ def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callabl
                 state, metrics = program(state, batch)
         jax.block_until_ready((state, metrics))
         last.append(metrics)
-        return (time.perf_counter() - start) / steps
+        return {"seconds": (time.perf_counter() - start) / steps}
 
     last: list[Any] = []
 
@@ -148,8 +164,8 @@ def loop_seconds(case: cases.Ours, fresh: bool, steps: int) -> float:
     return overhead.fit_seconds(init, step, data, steps)
 
 
-def torch_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Callable[[int], float]]:
-    """(what to report, steps -> seconds)."""
+def torch_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Turn]:
+    """(what to report, what runs)."""
     import torch  # pyright: ignore[reportMissingImports]
 
     from experiments.benchmarks import weights
@@ -171,16 +187,16 @@ def torch_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Calla
     losses = [float(case.step(batch)) for _ in range(CHECKED)]
     seconds = time.perf_counter() - start
 
-    def run(steps: int) -> float:
+    def run(steps: int) -> dict[str, float]:
         start = time.perf_counter()
         for _ in range(steps):
             case.step(batch)
-        return (time.perf_counter() - start) / steps
+        return {"seconds": (time.perf_counter() - start) / steps}
 
     report: dict[str, Any] = {"version": f"torch {torch.__version__.partition('+')[0]}"}
     report["losses"] = losses
     if side == "compile":
-        report["compile_seconds"] = max(0.0, seconds - CHECKED * run(1))
+        report["compile_seconds"] = max(0.0, seconds - CHECKED * run(1)["seconds"])
     return report, run
 
 
@@ -200,10 +216,9 @@ def main() -> None:
     report, run = kind(side, row, folder)
     print(json.dumps(report), file=answer, flush=True)
     for line in sys.stdin:
-        if side not in LOOPS:  # caches are full of what other sides left: ResNet-18 took 1.2 of it
+        if side != "fit":  # caches are full of what other sides left: ResNet-18 took 1.2 of it
             run(SCANNED if side == "scan" else 1)
-        seconds = run(int(line))
-        print(json.dumps({"seconds": seconds, "peak_mb": peak_mb()}), file=answer, flush=True)
+        print(json.dumps(run(int(line)) | {"peak_mb": peak_mb()}), file=answer, flush=True)
 
 
 if __name__ == "__main__":
