@@ -40,7 +40,7 @@ FILES = {  # everything a run writes: the folder's README, and all that --fresh 
 TITLE = "A run folder of dlx."  # README.txt's first line
 # How the names begin that may differ between a folder and its resumption.
 FREE = ("run.steps_per_call", "run.keep", "sample.")
-DECODING = ("beams", "alpha")  # of a search: what is trained does not depend on them
+EVALUATION = ("beams", "alpha", "mirrored")  # what is trained does not depend on them
 
 
 # ---- the run folder ---------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def check_config(
         for k in {**old, **new}
         if not k.removeprefix("config.").startswith(FREE)
         and k != "preset"
-        and not (trained and k.removeprefix("config.") in DECODING)
+        and not (trained and k.removeprefix("config.") in EVALUATION)
         and old.get(k, "absent") != new.get(k, "absent")
     ]
     if differ:

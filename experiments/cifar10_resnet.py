@@ -4,9 +4,9 @@ Paper     He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", a
           section 4.2 and table 6
 Command   python -m experiments.cifar10_resnet
           python -m experiments.cifar10_resnet --preset paper    (the whole schedule, 50,000 images)
-Hardware  2 CPU cores
-Expected  no record yet; the goal is a test error of 9.5 % after thirty epochs; 8.75 % in the paper,
-          8.27 % its best reproduction known, by the whole schedule
+Hardware  2 CPU cores, 80 minutes
+Expected  test error 8.98 % after thirty epochs (seed 0). The whole schedule has no record yet:
+          8.75 % in the paper, 8.27 % its best reproduction known
 """
 
 import dataclasses
@@ -31,9 +31,14 @@ CARD = {
     "target": 9.5,
     "bar": {"value": 8.27, "source": "akamaster's pytorch_resnet_cifar10, 200 epochs, its README"},
     "reported": {"value": 8.75, "source": "table 6, 64,000 steps", "status": "second-hand"},
-    "time": "2 h",
+    "time": "80 min",
+    "notes": "Evaluated with the mirrored image, which the validation images asked for: 91.44 % of "
+    "them right, 90.38 without. Without it the test error is 9.77 %; the paper's has none either. "
+    "Resumed several times, the last 352 steps again for the new evaluation.",
     "presets": {
         "paper": {
+            "notes": "",
+            "time": "5 h",
             "data": "CIFAR-10, 50,000 / 10,000 images, 64,000 steps, the last one tested",
             "target": 8.75,
         }
@@ -55,6 +60,7 @@ class Config:
     weight_decay: float = 5e-4  # L2, of every parameter
     label_smoothing: float = 0.0  # share of the target spread over all classes
     pad: int = 4  # augmentation: a random crop of the padded image, beside mirroring
+    mirrored: bool = True  # evaluated together with the mirrored image, their logits averaged
     run: dlx.Run = dlx.Run(steps=352 * 30, log_every=44, eval_every=352 * 3, save_every=352)
 
     def __post_init__(self):
@@ -71,7 +77,7 @@ PRESETS = {
     "laptop": Config(),
     "paper": Config(
         train="train+validation", schedule="steps", learning_rate=0.1, nesterov=False,
-        weight_decay=1e-4,
+        weight_decay=1e-4, mirrored=False,
         run=dlx.Run(steps=64_000, log_every=100, eval_every=4_000, save_every=500),
     ),
     "test": Config(
@@ -109,6 +115,7 @@ def build(config: Config) -> dlx.Experiment:
         prepare=prepare,
         augment=augment,
         label_smoothing=config.label_smoothing,
+        mirrored=config.mirrored,
         train=config.train,
     )
 

@@ -4,7 +4,7 @@ Paper     He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", a
           section 4.2
 Command   python -m experiments.fashion_mnist_resnet
 Hardware  2 CPU cores
-Expected  test accuracy 94.29 % (seed 0); the goal is 94.5 %
+Expected  test accuracy 94.34 % (seed 0); the goal is 94.5 %
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ CARD = {
     "time": "1 h",
     "notes": "At least 94.0 was asked for, 94.5 the goal. What it sees while it trains it knows no "
     "better (95.1 % of the distorted training images, 94.90 of the validation images), so it is "
-    "small rather than overfitted. Two ideas, on the validation images alone (`predict` of "
-    "`dlx.load`, logits added): with the mirrored image 95.04 %, with four shifts by a pixel as "
-    "well 95.08 %. Resumed several times, while the layers' gradients were made faster; the "
-    "seconds hold pauses and other work. At the end a step took 0.23 s.",
+    "small rather than overfitted. Ideas, on the validation images alone: logits added for the "
+    "mirrored image 95.04 %, which is how it is evaluated now (the test accuracy was 94.29 % "
+    "without); for four shifts by a pixel as well 95.08 %. Resumed several times, the last 430 "
+    "steps again for the new evaluation; the seconds hold pauses and other work.",
 }
 
 
@@ -53,6 +53,7 @@ class Config:
     shift: int = 2  # augmentation: pixels, beside mirroring
     cutout: int = 8  # augmentation: side of the square set to zero; 0: none
     ema: float = 0.998  # decay of the averaged parameters that are evaluated
+    mirrored: bool = True  # evaluated together with the mirrored image, their logits averaged
     run: dlx.Run = dlx.Run(steps=430 * 30, log_every=43, eval_every=430 * 3, save_every=430)
 
     def __post_init__(self):
@@ -68,7 +69,7 @@ class Config:
 PRESETS = {
     "laptop": Config(),
     "paper": Config(
-        learning_rate=0.1, weight_decay=1e-4, label_smoothing=0.0, cutout=0,
+        learning_rate=0.1, weight_decay=1e-4, label_smoothing=0.0, cutout=0, mirrored=False,
         run=dlx.Run(steps=64_000, log_every=100, eval_every=4_000, save_every=1_000),
     ),
     "test": Config(
@@ -102,6 +103,7 @@ def build(config: Config) -> dlx.Experiment:
         augment=augment,
         label_smoothing=config.label_smoothing,
         ema=config.ema,
+        mirrored=config.mirrored,
     )
 
 

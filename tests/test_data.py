@@ -5,13 +5,15 @@ import hashlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import dlx
 from dlx import nn
 from dlx.data import arrays, digits, images
-from dlx.models import cnn
+from dlx.models import cnn, mlp
 from dlx.nn import losses
+from dlx.tasks import classifier
 
 KEY = jax.random.key(4)
 
@@ -324,6 +326,22 @@ def test_mixup_mixes_images_and_targets_alike(promoting):
     assert (np.asarray(target > 0).sum(1) <= 2).all() and (np.asarray(target) < 0.99).any()
     np.testing.assert_allclose(image, np.einsum("ij,jhwc->ihwc", target, x), atol=1e-6)
     assert images.mixup(jax.random.key(0), x, t, 0.0)[0] is x
+
+
+def test_evaluation_with_the_mirrored_image(promotion):
+    """The mean of two logits, of what the network takes."""
+    x = jax.random.normal(KEY, (2, 3, 4, 1))
+    rest = {"shape": (3, 4, 1), "names": "abc", "batch_size": 2, "seed": 0, "prepare": jnp.exp}
+
+    def predicted(mirrored, image):
+        made = classifier.experiment(
+            mlp.MLP((5,), classes=3), optax.sgd(0.1), dict, mirrored=mirrored, **rest
+        )
+        return made.predict(made.init(KEY, None), image)
+
+    one, other = predicted(False, x), predicted(False, x[:, :, ::-1])
+    assert jnp.abs(one - other).max() > 0.01
+    np.testing.assert_allclose(predicted(True, x), (one + other) / 2, rtol=1e-6)
 
 
 # ---- The loss ----------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def experiment(
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     label_smoothing: float = 0.0,
     ema: float | None = None,
+    mirrored: bool = False,
     train: str = "train",
     eval_batch: int = 500,
 ) -> Experiment:
@@ -47,6 +48,8 @@ def experiment(
       augment: (key, prepared images) -> images, in training only.
       label_smoothing: share of the target that is spread over all classes.
       ema: decay of averaged parameters, which are then the ones that are evaluated.
+      mirrored: what is evaluated, and what predicts, is the mean of the logits for an image and for
+        it mirrored left to right.
       train: the split to train on. Where it holds the validation images, there is no evaluation.
       eval_batch: images an evaluation takes at once.
     """
@@ -65,7 +68,11 @@ def experiment(
         return train_state(key, variables, tx, ema=ema is not None)
 
     def predict(state: Any, image: jax.Array) -> jax.Array:
-        return model.apply(state.variables, ready(image))  # (B, classes) logits
+        image = ready(image)
+        logits = model.apply(state.variables, image)
+        if mirrored:
+            logits = (logits + model.apply(state.variables, image[:, :, ::-1])) / 2
+        return logits  # (B, classes)
 
     def measure(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         logits, label = predict(state, batch["image"]), batch["label"]
