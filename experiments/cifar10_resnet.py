@@ -34,7 +34,8 @@ CARD = {
     "time": "80 min",
     "notes": "Evaluated with the mirrored image, which the validation images asked for: 91.44 % of "
     "them right, 90.38 without. Without it the test error is 9.77 %; the paper's has none either. "
-    "Resumed several times, the last 352 steps again for the new evaluation.",
+    "Resumed several times, the last 352 steps again for the new evaluation; the seconds hold "
+    "pauses and other work.",
     "presets": {
         "paper": {
             "notes": "",
