@@ -34,11 +34,11 @@ CARD = {
     "bar": {"value": 8.27, "source": "akamaster's pytorch_resnet_cifar10, 200 epochs, its README"},
     "reported": {"value": 8.75, "source": "table 6, 64,000 steps", "status": "second-hand"},
     "time": "1 h",
-    "notes": "By the image alone the test error is 9.77 %, which misses the target; the paper's and "
-    "the bar's are by the image alone. The test images were read twice: that figure came first, and "
-    "the mirrored image after it, because with it 91.44 % of the validation images are right and "
-    "90.38 without. Resumed several times; trained at eb3e9c8 and before, the last 352 steps again "
-    "to evaluate anew. The seconds hold pauses and other work.",
+    "notes": "By the image alone the test error is 9.77 %, which misses the target; the paper's "
+    "and the bar's are by the image alone. The test images were read twice: that figure came "
+    "first, and the mirrored image after it, because with it 91.44 % of the validation images are "
+    "right and 90.38 without. Resumed several times; trained at eb3e9c8 and before, the last 352 "
+    "steps again to evaluate anew. The seconds hold pauses and other work.",
     "presets": {
         "paper": {
             "notes": "",

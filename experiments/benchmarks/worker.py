@@ -3,8 +3,8 @@
 
 Prints one line of JSON when it is ready. Then, for every number of steps that it reads, the seconds
 that one of them took; a step before them is not counted, for training goes on without a pause. The
-side "fit" takes turns itself, with the same loop on one constant batch, so that what differs between
-two processes or two minutes is not taken for the cost of reading.
+side "fit" takes turns itself, with the same loop on one constant batch, so that what differs
+between two processes or two minutes is not taken for the cost of reading.
 `FOLDER` holds the weights to start from; the side "flax" writes them.
 """
 
