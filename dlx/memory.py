@@ -6,10 +6,10 @@ every page anew at its first touch: a third of the time of a small GPT's step. K
 cleared once. It takes two settings, for glibc keeps such blocks in the first of its arenas alone,
 the main thread's, and JAX runs programs in threads of its own: `keep` and `at_once`.
 
-By experiments/benchmarks/record.json, the side "dlx" beside "untouched", which is without: 1.43
-times as fast for a CNN of 28 x 28 images, 1.19 for a U-Net, 1.17 and 1.19 for two GPTs, 1.12 for
-ResNet-18, with the same peak of memory (WaveNet's is a third higher); 0.95 to 0.99 for an MLP, an
-RBM, a VAE and a DCGAN, within the noise.
+By experiments/benchmarks/record.json, the side "dlx" beside "untouched", which is without: 1.31 and
+1.16 times as fast for two GPTs, 1.24 for WaveNet, 1.23 for a CNN of 28 x 28 images, 1.21 for
+ResNet-50, 1.20 for a U-Net, 1.12 for ResNet-18, with the same peak of memory (LeNet's and the GRU's
+are a tenth higher); 0.95 to 1.01 for LeNet, an MLP, an RBM, a VAE and a DCGAN, within the noise.
 With one arena for all threads in place of `at_once` steps were as fast, but XLA compiled up to a
 third longer, and ResNet-18's peak was 3.0 GB, not 1.4.
 """

@@ -129,6 +129,7 @@ def steps(G, D, tx):
     return step
 
 
+@pytest.mark.slow
 def test_two_steps_make_a_gan(promoting):
     """Every parameter of both moves; statistics too; the images are made once a step."""
     G, D, tx = gan.Generator(8, (6, 4)), gan.Discriminator((4, 6)), optax.adam(1e-3, b1=0.5)

@@ -62,7 +62,7 @@ def apply():
     return lambda tokens, state: model.apply(variables, tokens, state)
 
 
-@pytest.mark.parametrize("steps", [1, 12])
+@pytest.mark.parametrize("steps", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_the_state_goes_on(apply, steps):
     """Greedy text is what reading the whole of it anew would give at each place."""
     prompt = np.array([[1, 2, 3], [7, 7, 0]], np.int32)

@@ -131,6 +131,7 @@ def test_loss_from_its_definition():
     assert state == {} and metrics == {}
 
 
+@pytest.mark.slow
 def test_it_learns_to_count(promoting):
     tokens = (jnp.arange(8)[None] + jnp.arange(4)[:, None]) % 11
     batch = {"tokens": tokens, "targets": (tokens + 1) % 11}

@@ -85,6 +85,7 @@ def test_stop_and_resume(tmp_path, mesh):
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_one_device_and_eight(mesh):
     """Training over the end of an epoch, and the evaluation of a text."""
     rows = []
@@ -323,6 +324,7 @@ def test_zaremba(monkeypatch):
     config = ptb_lstm.PRESETS["test"]
     e = ptb_lstm.build(config)
     state = jax.jit(e.init)(jax.random.key(0), None)
+    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema)
     for leaf in jax.tree.leaves(state.params):
         assert leaf.min() >= -0.1 and leaf.max() <= 0.1
         assert abs(float(leaf.std()) - 0.1 / 3**0.5) < 0.02

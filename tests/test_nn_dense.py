@@ -117,6 +117,7 @@ def attend(m):
     return f
 
 
+@pytest.mark.slow
 def test_layers(x64, promoting):
     """The same parameters from the same key, values and derivatives, also under vmap."""
     fast, plain = Every(nn), Every(linen)

@@ -130,6 +130,7 @@ def test_border_weights():
     np.testing.assert_array_equal(unet.border_weights(one, (0.5, 2.0)), np.where(one, 2.0, 0.5))
 
 
+@pytest.mark.slow
 def test_it_learns_to_segment():
     """A disc in noise, in a few steps of make_step, by which every value moves."""
     random, (rows, columns) = np.random.default_rng(0), np.mgrid[:16, :16]

@@ -119,6 +119,7 @@ def test_importance_bound(x64):
     np.testing.assert_allclose(vae.importance_bound(x, logits, q, z), np.log(w.mean(0)), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_bounds_of_more_samples(x64):
     """With one sample the mean is that of the ELBO; it rises with k, within its error."""
     n = 40_000

@@ -161,6 +161,7 @@ def test_likelihood(x64):
     np.testing.assert_allclose(m["bits"], total / 16 / np.log(2), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_it_learns_a_wave_and_goes_on_with_it():
     """A period of 8 samples: next to nothing is left to tell, and generation repeats it."""
     wave = np.tile([1, 7, 12, 7, 1, 9, 3, 9], 6).astype(np.int32)
