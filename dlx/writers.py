@@ -220,11 +220,12 @@ class Log:
 
     def _timing(self, step: int) -> dict[str, float]:
         """Speed over the last rows: one alone is blurred, for rows are fetched late. The first
-        row, which compiles, is the mark that the others are measured from."""
+        row, which compiles, is the mark that the others are measured from. A row that an interrupt
+        fell into comes a second time, and has no speed."""
         total = time.perf_counter() - self._begun
         out = {"timing/seconds": total}
-        if self._marks and total - self._idle > self._marks[0][1]:
-            before, then = self._marks[0]
+        before, then = self._marks[0] if self._marks else (step, 0.0)
+        if step > before and total - self._idle > then:
             rate = (step - before) / (total - self._idle - then)
             out["timing/steps_per_second"] = rate
             if self._examples:

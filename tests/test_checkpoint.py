@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 import dlx
-from dlx import checkpoint, runs, sharding
+from dlx import checkpoint, metrics, runs, sharding
 
 GOLDEN = Path(__file__).parent / "golden"
 SPECIAL = [np.nan, -0.0, np.inf, -np.inf, 1e-45, 3.4028235e38]  # 1e-45 is subnormal
@@ -635,6 +635,34 @@ def test_the_log_is_rewritten_by_rename(tmp_path):
         assert old.read() == text
     assert path.read_text() == text + '{"step": 100}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_row_that_an_interrupt_falls_into_comes_again():
+    """A signal between a row's speed and its end leaves it pending: the flush at the end of the
+    run takes it once more, at a step that was its own mark of speed."""
+    from dlx import writers
+
+    told, shown = [], writers.progress(100)
+
+    def interrupted(step, values):
+        told.append(values)
+        if len(told) == 1:
+            raise KeyboardInterrupt
+        shown(step, values)
+
+    log = writers.Log({}, [interrupted], 32)
+    window = metrics.accumulate(
+        metrics.empty_window({"loss": jnp.float32(0)}), {"loss": jnp.float32(2)}, 0, 20
+    )
+    log.later(20, window)
+    with pytest.raises(KeyboardInterrupt):
+        log.flush()
+    log._rows.clear()  # it fell into the row itself
+    log.flush()
+    log.later(40, window)
+    log.flush()
+    assert [v["train/loss"] for v in told] == [2, 2, 2]
+    assert ["timing/steps_per_second" in v for v in told] == [False, False, True]
 
 
 def test_a_damaged_log_is_one_line(tmp_path):
