@@ -76,7 +76,8 @@ def record(folders: list[Path]) -> dict:
         "bar": {"value": bar.get("value") or mean(bar["metric"]), "source": bar["source"]},
         "paper": card["reported"],
         "parameters": results[0]["parameters"],
-        "hardware": f"{env['processor']}, {env['cores']} cores ({env['device']}), "
+        "hardware": f"{env['processor']}, {env['cores']} core{'s' * (env['cores'] > 1)} "
+        f"({env['device']}), "
         f"{', '.join(versions)}, Python {env['python']}",
         "wall_seconds": [round(seconds(f), 1) for f in folders],
         "commit": ", ".join(sorted({commit(e) for e in environments})),
