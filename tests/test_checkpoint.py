@@ -637,32 +637,28 @@ def test_the_log_is_rewritten_by_rename(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_row_that_an_interrupt_falls_into_comes_again():
+def test_a_row_that_an_interrupt_falls_into_comes_again(monkeypatch):
     """A signal between a row's speed and its end leaves it pending: the flush at the end of the
     run takes it once more, at a step that was its own mark of speed."""
     from dlx import writers
 
-    told, shown = [], writers.progress(100)
+    def interrupt(*row):
+        raise KeyboardInterrupt
 
-    def interrupted(step, values):
-        told.append(values)
-        if len(told) == 1:
-            raise KeyboardInterrupt
-        shown(step, values)
-
-    log = writers.Log({}, [interrupted], 32)
+    told = []
+    log = writers.Log({}, [lambda _, row: told.append(row), writers.progress(100)], 32)
     window = metrics.accumulate(
         metrics.empty_window({"loss": jnp.float32(0)}), {"loss": jnp.float32(2)}, 0, 20
     )
     log.later(20, window)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(log, "emit", interrupt)
         log.flush()
-    log._rows.clear()  # it fell into the row itself
     log.flush()
     log.later(40, window)
     log.flush()
-    assert [v["train/loss"] for v in told] == [2, 2, 2]
-    assert ["timing/steps_per_second" in v for v in told] == [False, False, True]
+    assert [row["train/loss"] for row in told] == [2, 2]
+    assert ["timing/steps_per_second" in row for row in told] == [False, True]
 
 
 def test_a_damaged_log_is_one_line(tmp_path):
