@@ -7,6 +7,7 @@ installs the signal handlers.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import select
@@ -294,6 +295,17 @@ def leave() -> None:
         os._exit(75)
 
 
+def _ignores_exceptions(frame: Any) -> bool:
+    """Python prints and forgets what is raised in a destructor, and in a callback of the garbage
+    collector, as JAX has one."""
+    callbacks = [getattr(x, "__code__", None) for x in gc.callbacks]
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_code in callbacks:
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextlib.contextmanager
 def signals(whole_process: bool = False) -> Iterator[None]:
     """SIGTERM, SIGINT and SIGUSR1 raise `Stopped`, once; a second one cannot spoil the save.
@@ -305,12 +317,15 @@ def signals(whole_process: bool = False) -> Iterator[None]:
     loop asks it where to stop; so the other signals are passed on as SIGTERM.
     """
     wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    too_early = threading.Event()
     read, write = os.pipe()
     os.set_blocking(write, False)
 
     def handler(number, frame):
         if jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)
+        elif _ignores_exceptions(frame):
+            too_early.set()
         elif not (_received.is_set() or heard.is_set()):
             _received.set()
             raise Stopped(signal.Signals(number).name)
@@ -318,15 +333,16 @@ def signals(whole_process: bool = False) -> Iterator[None]:
     def watch():
         pending = raised = 0
         while True:
-            # An exception is lost where Python ignores it: in a destructor, in a callback of the
-            # garbage collector, as JAX has one. Then the signal comes again, a second after the
-            # exception, until it is heard. While C++ holds the exception back nothing is lost.
+            # Where the handler found that an exception would be lost, or where it was lost all
+            # the same, the signal comes again: a quarter of a second later, or a second after the
+            # exception, until it is heard. While C++ holds the handler back nothing is lost.
             if not select.select([read], [], [], 0.25 if pending else None)[0]:
                 raised = raised + 1 if _received.is_set() else 0
                 if not unsaved.is_set() or heard.is_set():
                     pending = raised = 0
-                elif raised > 4:
+                elif raised > 4 or too_early.is_set():
                     raised = 0
+                    too_early.clear()
                     _received.clear()
                     os.kill(os.getpid(), pending)
                 continue

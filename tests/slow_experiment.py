@@ -86,6 +86,8 @@ def build(config: Config) -> dlx.Experiment:
                 at("data")
             if t == first_step + 9:
                 at("train", wait=0)
+            if "train" in WAITED:
+                time.sleep(0.005)  # or the run may be over before the signal comes
             yield {"x": examples(t)["x"][rows(64)]}
             t += 1
 
