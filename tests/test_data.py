@@ -186,7 +186,7 @@ def forced(monkeypatch, *, angle=0.0, stretch=(0.0, 0.0), shear=0.0, offset=(0.0
 
     def uniform(key, shape, dtype, low, high):
         assert (low, high) == (-1, 1)
-        return jnp.broadcast_to(jnp.asarray([angle, *stretch, shear, *offset], dtype), shape)
+        return jnp.tile(jnp.asarray([angle, *stretch, shear, *offset], dtype), shape[0] // 6)
 
     monkeypatch.setattr(jax.random, "uniform", uniform)
 
@@ -203,6 +203,11 @@ PICTURES = np.random.default_rng(0).uniform(0.1, 1.0, (3, 8, 6, 2)).astype(np.fl
 def test_nothing_moves_within_no_limits():
     still = images.affine(jax.random.key(3), PICTURES, degrees=0.0, scale=0.0, shift=0.0)
     np.testing.assert_array_equal(still, PICTURES)
+
+
+def test_affine_wants_two_pixels_along_each_axis():
+    with pytest.raises(dlx.BadInput, match="1 x 6 pixels: at least 2 x 2"):
+        images.affine(jax.random.key(0), PICTURES[:, :1], degrees=1.0, scale=1.0, shift=1.0)
 
 
 @pytest.mark.parametrize("offset", [(1, 0), (0, 1), (-2, 3), (8, 0), (0, -6)])
