@@ -56,9 +56,9 @@ def affine(
     to_y = cos * tall, (cos * shear - sin) * wide, u[:, 4] * shift + (H - 1) / 2
     to_x = sin * tall, (sin * shear + cos) * wide, u[:, 5] * shift + (W - 1) / 2
     maps = jax.lax.optimization_barrier(jnp.stack([*to_y, *to_x]))[..., None]  # (6, B, 1)
-    places = np.indices((H, W)).reshape(2, 1, -1)  # NumPy's: XLA would compute them each time
-    y, x = (places[i] - (n - 1) / 2 for i, n in enumerate((H, W)))
-    y, x = jnp.asarray(y, images.dtype), jnp.asarray(x, images.dtype)  # (1, H W)
+    y, x = np.indices((H, W)).reshape(2, 1, -1)  # NumPy's: XLA would compute them each time
+    y = jnp.asarray(y - (H - 1) / 2, images.dtype)  # (1, H W)
+    x = jnp.asarray(x - (W - 1) / 2, images.dtype)
     y, x = maps[0] * y + maps[1] * x + maps[2], maps[3] * y + maps[4] * x + maps[5]  # (B, H W)
     # Bilinear interpolation between four pixels, each with the share max(0, 1 - distance) along
     # either axis: so where it comes from beyond the image, it fades to zero within a pixel.

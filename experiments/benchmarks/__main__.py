@@ -43,7 +43,7 @@ class Config:
     rows: tuple[str, ...] = ()  # only these; none: all, and "overhead"
     sides: tuple[str, ...] = tuple(worker.SIDES)  # only these beside flax and dlx
     rounds: int = 9  # turns of each side
-    seconds: float = 1.0  # a turn lasts about so long
+    seconds: float = 1.0  # a turn lasts about so long; each loop of the side "fit" does
     torch_python: str = sys.executable  # a Python that has PyTorch
     older_python: str = ""  # a Python with an older jax, as one more side
     out: Path = HERE  # folder of record.json and chart.png

@@ -39,8 +39,9 @@ SIDES = {
 }
 SCANNED = 4
 BATCHES = 16  # that are read in turn
-PAIRS = 4  # of loops in a turn of the side "fit", where a second holds so many steps: a bar of 3 %
-# is less than what other programs take of a second
+PAIRS = (
+    4  # of loops in a turn of the side "fit", which is held to a few hundredths; 1 of slow steps
+)
 CHECKED = 3  # first steps, whose losses are reported
 COMPILED = 3  # times, by the sides whose time to compile is compared
 TORCH = ("eager", "kept", "channels-last", "compile")
