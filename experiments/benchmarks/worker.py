@@ -80,8 +80,11 @@ def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Turn]:
 
     from dlx import nn, summary
 
-    # Compilations are timed; the loop compiles anew in each turn, and that is not.
+    # Compilations are timed, but for those of the loop, which begins anew many times in a turn.
     jax.config.update("jax_enable_compilation_cache", side == "fit")
+    if side == "fit":
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     case = rows()[row].ours(row)
     report: dict[str, Any] = {"version": f"jax {jax.__version__}"}
     with nn.plain(side == "flax"):
