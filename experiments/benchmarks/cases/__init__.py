@@ -35,6 +35,19 @@ class Ours(NamedTuple):
     data: Callable[..., Any] | None = None
 
 
+def in_bytes(batch: dict[str, Any], batches: int = 16) -> Callable[..., Any]:
+    """`Ours.data`: labels as in the batch, images as bytes, which is how the readers of dlx.data
+    give them. `Ours.augment` makes numbers of them."""
+    import numpy as np
+
+    from dlx.data import arrays
+
+    B, *shape = batch["image"].shape
+    image = np.random.default_rng(0).integers(0, 256, (batches * B, *shape), np.uint8)
+    label = np.concatenate([batch["label"]] * batches)
+    return arrays.batches({"image": image, "label": label}, B, seed=0)
+
+
 class Theirs(NamedTuple):
     """The network (a torch.nn.Module; several in a torch.nn.ModuleDict), and step(batch) -> loss.
 

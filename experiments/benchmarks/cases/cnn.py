@@ -1,6 +1,6 @@
 """Convolutional networks on 28 x 28 images, Adam."""
 
-from experiments.benchmarks.cases import Ours, Theirs
+from experiments.benchmarks.cases import Ours, Theirs, in_bytes
 
 ROWS = {
     "lenet": "LeNet-5, 28x28, batch 128",
@@ -30,15 +30,16 @@ def ours(row):
         return dlx.train_state(key, model.init(key, batch["image"]), tx)
 
     def augment(key, batch):
+        image = images.normalise(batch["image"])
         if row == "lenet":
-            image = images.affine(key, batch["image"], degrees=12, scale=0.12, shift=2)
+            image = images.affine(key, image, degrees=12, scale=0.12, shift=2)
         else:
             mirrored, moved = jax.random.split(key)
-            image = images.crop(moved, images.flip(mirrored, batch["image"]), 2)
+            image = images.crop(moved, images.flip(mirrored, image), 2)
         return batch | {"image": image}
 
     step = dlx.make_step(losses.classification(model), tx)
-    return Ours(init, step, batch, augment=augment)
+    return Ours(init, step, batch, augment=augment, data=in_bytes(batch))
 
 
 def theirs(row, wrap):

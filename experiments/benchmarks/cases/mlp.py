@@ -1,6 +1,6 @@
 """A multilayer perceptron on 28 x 28 images, Adam."""
 
-from experiments.benchmarks.cases import Ours, Theirs
+from experiments.benchmarks.cases import Ours, Theirs, in_bytes
 
 ROWS = {"mlp": "MLP 784-512-512-10, batch 128"}
 
@@ -10,6 +10,7 @@ def ours(row):
     import optax
 
     import dlx
+    from dlx.data import images
     from dlx.models import mlp
     from dlx.nn import losses
 
@@ -23,7 +24,11 @@ def ours(row):
     def init(key):
         return dlx.train_state(key, model.init(key, batch["image"]), tx)
 
-    return Ours(init, dlx.make_step(losses.classification(model), tx), batch)
+    def augment(key, batch):
+        return batch | {"image": images.normalise(batch["image"])}
+
+    step = dlx.make_step(losses.classification(model), tx)
+    return Ours(init, step, batch, augment=augment, data=in_bytes(batch))
 
 
 def theirs(row, wrap):

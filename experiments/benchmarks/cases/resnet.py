@@ -3,7 +3,7 @@
 import functools
 import io
 
-from experiments.benchmarks.cases import Ours, Theirs
+from experiments.benchmarks.cases import Ours, Theirs, in_bytes
 
 ROWS = {
     "resnet18": "ResNet-18, 32x32, batch 64",
@@ -45,10 +45,11 @@ def ours(row):
 
     def augment(key, batch):
         mirrored, moved = jax.random.split(key)
-        image = images.flip(mirrored, batch["image"])
+        image = batch["image"] if row == "resnet50" else images.normalise(batch["image"])
+        image = images.flip(mirrored, image)
         return batch | {"image": images.crop(moved, image, 4) if row == "resnet18" else image}
 
-    data = None
+    data = in_bytes(batch) if row == "resnet18" else None
     if row == "resnet50":
         data = stream.batches(photographs(4 * B, random), B, 0, functools.partial(crop, size=H))
     step = dlx.make_step(losses.classification(model), tx)
