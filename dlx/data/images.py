@@ -45,7 +45,7 @@ def affine(
     B, H, W, C = images.shape
     if H < 2 or W < 2:
         raise BadInput(f"affine: images of {H} x {W} pixels: at least 2 x 2 are needed")
-    accurate = jnp.promote_types(images.dtype, jnp.float32)
+    accurate = jnp.float64 if images.dtype == jnp.float64 else jnp.float32
     # One draw, and flat: a CPU takes .09 ms, not .01, where the last of its dimensions is 6 long.
     u = jax.random.uniform(key, (B * 6,), accurate, -1, 1).reshape(B, 6)
     angle, shear = u[:, 0] * (degrees * jnp.pi / 180), u[:, 3] * scale
