@@ -12,9 +12,10 @@ ResNet-50, 1.20 for a U-Net, 1.12 for ResNet-18, with the same peak of memory (L
 are a tenth higher); 0.95 to 1.01 for LeNet, an MLP, an RBM, a VAE and a DCGAN, within the noise.
 
 A call that returns when its step has ended hides nothing of what Python does before the next: an
-MLP's step of 7.3 ms takes 8.1 (2 cores of an AMD EPYC). Without `at_once` it takes 7.3, and a GPT
-keeps its 45 MB too, for other arenas of glibc's hold blocks of up to 64 MB; but larger ones they
-map anew at every call, whatever the settings: a U-Net of 250 MB takes 1.26 times as long.
+MLP's step takes 8.1 ms, and 7.5 without `at_once` (2 cores of an AMD EPYC). A GPT would keep its 45
+MB without it too, for other arenas of glibc's hold blocks of up to 64 MB; but larger ones they map
+anew at every call, whatever the settings: a U-Net of 250 MB takes 1.26 times as long.
+
 With one arena for all threads in place of `at_once` steps were as fast, but XLA compiled up to a
 third longer, and ResNet-18's peak was 3.0 GB, not 1.4.
 """

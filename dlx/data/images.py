@@ -68,8 +68,8 @@ def affine(
     down, right = y - top.astype(y.dtype), x - left.astype(x.dtype)
     # On a CPU the gathers are all that XLA does not vectorise. So they stand alone, behind a
     # barrier, and a pixel and the one to its right are a number, real and imaginary: two gathers
-    # in place of four. 128 images of 28 x 28: .92 -> .65 ms,
-    # of 32 x 32 in colour 4.3 -> 1.7 (2 cores of an AMD EPYC).
+    # in place of four. 128 images of 28 x 28: .92 -> .65 ms, of 32 x 32 in colour 4.3 -> 1.7 (2
+    # cores of an AMD EPYC).
     place, down, right = jax.lax.optimization_barrier((top * W + left, down, right))
     pixels = images.astype(accurate).reshape(B, H * W, C)
     beside = jax.lax.pad(pixels, jnp.zeros((), accurate), ((0, 0, 0), (-1, 1, 0), (0, 0, 0)))

@@ -38,7 +38,6 @@ SIDES = {
     "compile": "PyTorch, torch.compile",
 }
 SCANNED = 4
-BATCHES = 16  # that are read in turn
 PAIRS = (
     4  # of loops in a turn of the side "fit", which is held to a few hundredths; 1 of slow steps
 )
@@ -167,7 +166,7 @@ def loop_seconds(case: cases.Ours, fresh: bool, steps: int) -> float:
         return (inner, i + 1), metrics
 
     size = len(next(iter(case.batch.values())))
-    examples = {k: np.concatenate([x] * BATCHES) for k, x in case.batch.items()}
+    examples = {k: np.concatenate([x] * cases.BATCHES) for k, x in case.batch.items()}
     data: Any = lambda first_step, rows: itertools.repeat(case.batch)  # noqa: E731
     if fresh:
         data = case.data or arrays.batches(examples, size, seed=0)

@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+BATCHES = 16  # that are read in turn
+
 
 class Ours(NamedTuple):
     """init(key) -> state; step(state, batch) -> (state, {"loss": ...}); batch; and
@@ -35,7 +37,7 @@ class Ours(NamedTuple):
     data: Callable[..., Any] | None = None
 
 
-def in_bytes(batch: dict[str, Any], batches: int = 16) -> Callable[..., Any]:
+def in_bytes(batch: dict[str, Any]) -> Callable[..., Any]:
     """`Ours.data`: labels as in the batch, images as bytes, which is how the readers of dlx.data
     give them. `Ours.augment` makes numbers of them."""
     import numpy as np
@@ -43,8 +45,8 @@ def in_bytes(batch: dict[str, Any], batches: int = 16) -> Callable[..., Any]:
     from dlx.data import arrays
 
     B, *shape = batch["image"].shape
-    image = np.random.default_rng(0).integers(0, 256, (batches * B, *shape), np.uint8)
-    label = np.concatenate([batch["label"]] * batches)
+    image = np.random.default_rng(0).integers(0, 256, (BATCHES * B, *shape), np.uint8)
+    label = np.concatenate([batch["label"]] * BATCHES)
     return arrays.batches({"image": image, "label": label}, B, seed=0)
 
 
