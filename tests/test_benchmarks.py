@@ -65,51 +65,57 @@ def test_what_there_is_not(words, monkeypatch):
         benchmarks.main()
 
 
-@pytest.fixture
-def captured(monkeypatch):
-    """What a turn of a side hands to the loop: (init, step, data, steps)."""
-    found = []
-    monkeypatch.setattr(overhead, "fit_seconds", lambda *what: found.append(what) or 1.0)
-
-    def of(case, fresh):
-        assert worker.loop_seconds(case, fresh, 5) == 1.0
-        return found[-1]
-
-    return of
-
-
 @pytest.mark.parametrize("row", ["mlp", "lenet", "resnet50"])
-def test_the_loop_reads_and_the_constant_one_does_not(captured, row):
+def test_the_loop_reads_and_has_one_batch_in_turn(row):
     case = worker.rows()[row].ours(row)
-    _, _, data, _ = captured(case, True)
+    _, _, data = worker.in_turn(case, 2)
     stream = data(0, lambda n: slice(0, n))
-    first, second = next(stream), next(stream)
+    read, again, one, same, later = (next(stream) for _ in range(5))
     stream.close()
+    assert one is same
     for k, x in case.batch.items():
-        assert first[k].shape == x.shape
-        assert not np.array_equal(first[k], second[k])
-    assert first["image"].dtype == (np.float32 if row == "resnet50" else np.uint8)
-    assert first["label"].dtype == case.batch["label"].dtype
-    _, _, data, _ = captured(case, False)
-    stream = data(0, lambda n: slice(0, n))
-    assert next(stream) is next(stream) is case.batch
+        assert read[k].shape == x.shape
+        assert not any(np.array_equal(read[k], y[k]) for y in (again, one, later))
+    assert read["image"].dtype == (np.float32 if row == "resnet50" else np.uint8)
+    assert read["label"].dtype == case.batch["label"].dtype
 
 
 @pytest.mark.parametrize("row", ["mlp", "lenet", "cnn", "resnet18"])
-def test_the_side_fit_augments_anew_each_step(captured, row):
-    """As the model's experiment does. The model is put aside: its "metrics" are what it sees."""
+def test_the_side_fit_augments_anew_each_step(row):
+    """As the model's experiment does, while it reads. The model is put aside: its "metrics" are
+    what it sees."""
     case = worker.rows()[row].ours(row)
     case = case._replace(init=lambda key: (), step=lambda state, batch: (state, batch["image"]))
-    for fresh in (True, False):
-        init, step, data, _ = captured(case, fresh)
-        batch = next(data(0, lambda n: slice(0, n)))
-        state, one = step(init(jax.random.key(0)), batch)
-        _, two = step(state, batch)
-        still = images.normalise(batch["image"]) if fresh else batch["image"]
-        augmented = fresh and row != "mlp"
-        assert one.shape == case.batch["image"].shape and one.dtype == np.float32
-        assert np.array_equal(one, still) != augmented
-        assert np.array_equal(one, two) != augmented
+    init, step, data = worker.in_turn(case, 2)
+    state, step = init(jax.random.key(0)), jax.jit(step)
+    batch = next(data(0, lambda n: slice(0, n)))
+    seen = []
+    for _ in range(4):
+        state, image = step(state, batch)
+        seen.append(np.asarray(image))
+    assert all(x.shape == case.batch["image"].shape and x.dtype == np.float32 for x in seen)
+    read, again, one, same = seen
+    assert np.array_equal(one, batch["image"]) and np.array_equal(one, same)
+    augmented = row != "mlp"
+    assert np.allclose(read, images.normalise(batch["image"]), atol=1e-6) != augmented
+    assert np.array_equal(read, again) != augmented
+
+
+def test_a_turn_of_the_side_fit(monkeypatch):
+    """What reading costs is seen; what the change between the two costs is not counted."""
+    monkeypatch.setattr(worker, "in_turn", lambda case, stretch: ())
+    found = []
+
+    def asks(steps):
+        found.append(steps)
+        taken = np.where(np.arange(steps) // (overhead.FIRST + 10) % 2, 0.8, 1.0)
+        taken[:: overhead.FIRST + 10] += 5.0  # when the two change
+        return np.cumsum(taken).tolist()
+
+    monkeypatch.setattr(overhead, "asks", asks)
+    told = worker.end_to_end(None, 40)
+    assert told == {"seconds": pytest.approx(1.0), "share": pytest.approx(0.8)}
+    assert found == [2 * worker.PAIRS * (overhead.FIRST + 10)]
 
 
 def test_seconds_of_the_loop():

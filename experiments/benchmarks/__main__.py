@@ -43,7 +43,7 @@ class Config:
     rows: tuple[str, ...] = ()  # only these; none: all, and "overhead"
     sides: tuple[str, ...] = tuple(worker.SIDES)  # only these beside flax and dlx
     rounds: int = 9  # turns of each side
-    seconds: float = 1.0  # a turn lasts about so long; each loop of the side "fit" does
+    seconds: float = 1.0  # a turn lasts about so long; of the side "fit", a few times
     torch_python: str = sys.executable  # a Python that has PyTorch
     older_python: str = ""  # a Python with an older jax, as one more side
     out: Path = HERE  # folder of record.json and chart.png
@@ -139,7 +139,7 @@ def measure(row: str, config: Config, bar: Any) -> dict[str, Any]:
             out["refused"] = f"the first losses are {found} ({name}) and {wanted} (flax)"
     if "refused" not in out:
         times: dict[str, list[float]] = {name: [] for name in running}
-        constant: list[float] = []
+        shares: list[float] = []
         steps = {}
         for name, side in running.items():
             bar.set_postfix_str(f"{row}: {name} warms up")
@@ -153,7 +153,7 @@ def measure(row: str, config: Config, bar: Any) -> dict[str, Any]:
                 said = running[name].turn(steps[name])
                 times[name].append(said["seconds"])
                 if name == "fit":
-                    constant.append(said["constant"])
+                    shares.append(said["share"])
         flops, most = running["flax"].report["flops"], limit()
         for name, side in running.items():
             t = np.array(times[name])
@@ -163,8 +163,8 @@ def measure(row: str, config: Config, bar: Any) -> dict[str, Any]:
                 "share_of_limit": round(flops / float(np.median(t)) / most, 3),
             }  # fmt: skip
             out["ratios"][name] = ratio(times[name], times["dlx"])  # how many times faster dlx is
-        if constant:
-            out["end_to_end"] = ratio(constant, times["fit"])
+        if shares:
+            out["end_to_end"] = median(np.array(shares))
     for side in running.values():
         side.close()
     return out

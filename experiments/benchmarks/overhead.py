@@ -27,10 +27,10 @@ FIRST = 6  # calls until the loop runs evenly: it has compiled, and its batches 
 LOG_EVERY = 64
 
 
-def fit_seconds(
+def asks(
     init: Callable[[Any], Any], step: Any, data: Any, steps: int, steps_per_call: int = 1
-) -> float:
-    """Seconds a step of `dlx.fit`, from when it asks for one batch to when it asks for a later.
+) -> list[float]:
+    """When `dlx.fit` asks for each of its batches, in seconds.
 
     Args:
       init: key -> state.
@@ -48,14 +48,20 @@ def fit_seconds(
             asked.append(time.perf_counter())
             yield batch
 
-    first = FIRST * steps_per_call
     every = LOG_EVERY * 2**30  # no evaluation, no save
     run = dlx.Run(
-        steps=first + steps, log_every=LOG_EVERY, eval_every=every, save_every=every,
+        steps=steps, log_every=LOG_EVERY, eval_every=every, save_every=every,
         steps_per_call=steps_per_call,
     )  # fmt: skip
     dlx.fit(dlx.Experiment(lambda key, given: init(key), step, batches), run, writers=[])
-    return (asked[first + steps - 1] - asked[first - 1]) / steps
+    return asked
+
+
+def fit_seconds(init: Any, step: Any, data: Any, steps: int, steps_per_call: int = 1) -> float:
+    """Seconds a step of `dlx.fit`, once it runs evenly. The arguments are those of `asks`."""
+    first = FIRST * steps_per_call
+    asked = asks(init, step, data, first + steps, steps_per_call)
+    return (asked[-1] - asked[first - 1]) / steps
 
 
 def loops() -> dict[str, Callable[[], float]]:

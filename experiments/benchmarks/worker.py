@@ -3,8 +3,8 @@
 
 Prints one line of JSON when it is ready. Then, for every number of steps that it reads, the seconds
 that one of them took; a step before them is not counted, for training goes on without a pause. The
-side "fit" takes turns itself, with the same loop on one constant batch, so that what differs
-between two processes or two minutes is not taken for the cost of reading.
+side "fit" takes turns itself, with one constant batch, so that what differs between two processes
+or two seconds is not taken for the cost of reading.
 `FOLDER` holds the weights to start from; the side "flax" writes them.
 """
 
@@ -38,9 +38,7 @@ SIDES = {
     "compile": "PyTorch, torch.compile",
 }
 SCANNED = 4
-PAIRS = (
-    4  # of loops in a turn of the side "fit", which is held to a few hundredths; 1 of slow steps
-)
+PAIRS = 8  # stretches with data read and as many without in a turn of the side "fit", at the most
 CHECKED = 3  # first steps, whose losses are reported
 COMPILED = 3  # times, by the sides whose time to compile is compared
 TORCH = ("eager", "kept", "channels-last", "compile")
@@ -109,17 +107,7 @@ def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Turn]:
         report["compile_seconds"] = float(np.median(taken))
 
     if side == "fit":
-        names = ["seconds", "constant"]
-
-        def loops(steps: int) -> dict[str, float]:
-            taken: dict[str, list[float]] = {name: [] for name in names}
-            for _ in range(PAIRS if steps >= PAIRS else 1):
-                for name in names:
-                    taken[name].append(loop_seconds(case, name == "seconds", steps))
-                names.reverse()
-            return {name: float(np.median(x)) for name, x in taken.items()}
-
-        return report | {"losses": []}, loops
+        return report | {"losses": []}, lambda steps: end_to_end(case, steps)
 
     def run(steps: int) -> dict[str, float]:
         nonlocal state
@@ -148,8 +136,21 @@ def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Turn]:
     return report, run
 
 
-def loop_seconds(case: cases.Ours, fresh: bool, steps: int) -> float:
-    """Seconds a step of `dlx.fit`. fresh: each batch is read and augmented; else all are one."""
+def end_to_end(case: cases.Ours, steps: int) -> dict[str, float]:
+    """Seconds a step of `dlx.fit` with batches read and augmented, and "share": the seconds with
+    one constant batch, of them. One loop does both, a few steps of each in turn."""
+    pairs = min(PAIRS, max(1, steps // 2))
+    counted = max(2, 2 * steps // PAIRS)
+    stretch = overhead.FIRST + counted  # before it counts, what the last one left is through
+    asked = np.array(overhead.asks(*in_turn(case, stretch), 2 * pairs * stretch))
+    asked = asked.reshape(pairs, 2, stretch)
+    read, constant = ((asked[..., -1] - asked[..., -1 - counted]) / counted).T
+    return {"seconds": float(np.median(read)), "share": float(np.median(constant / read))}
+
+
+def in_turn(case: cases.Ours, stretch: int) -> tuple[Any, Any, Any]:
+    """(init, step, data) of an experiment that reads and augments for so many steps, has one batch
+    as it is for as many, and so on."""
     import jax
     import jax.numpy as jnp
 
@@ -160,17 +161,31 @@ def loop_seconds(case: cases.Ours, fresh: bool, steps: int) -> float:
 
     def step(state: Any, batch: Any) -> Any:
         inner, i = state
-        if fresh and case.augment is not None:
-            batch = case.augment(jax.random.fold_in(jax.random.key(0), i), batch)
+        if case.augment is not None:
+            key = jax.random.fold_in(jax.random.key(0), i)
+            like = jax.eval_shape(case.augment, key, batch)
+            batch = jax.lax.cond(
+                i // stretch % 2 == 0,
+                case.augment,
+                lambda key, batch: jax.tree.map(lambda x, y: x.astype(y.dtype), batch, like),
+                key,
+                batch,
+            )
         inner, metrics = case.step(inner, batch)
         return (inner, i + 1), metrics
 
     size = len(next(iter(case.batch.values())))
     examples = {k: np.concatenate([x] * cases.BATCHES) for k, x in case.batch.items()}
-    data: Any = lambda first_step, rows: itertools.repeat(case.batch)  # noqa: E731
-    if fresh:
-        data = case.data or arrays.batches(examples, size, seed=0)
-    return overhead.fit_seconds(init, step, data, steps)
+    read = case.data or arrays.batches(examples, size, seed=0)
+
+    def data(first_step: int, rows: Any) -> Any:
+        stream = iter(read(first_step, rows))
+        constant = next(stream)
+        while True:
+            yield from itertools.islice(stream, stretch)
+            yield from itertools.repeat(constant, stretch)
+
+    return init, step, data
 
 
 def torch_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Turn]:
