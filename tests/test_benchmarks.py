@@ -65,7 +65,7 @@ def test_what_there_is_not(words, monkeypatch):
         benchmarks.main()
 
 
-@pytest.mark.parametrize("row", ["mlp", "lenet", "resnet50"])
+@pytest.mark.parametrize("row", ["mlp", "lenet", "resnet50", "rbm"])
 def test_the_loop_reads_and_has_one_batch_in_turn(row):
     case = worker.rows()[row].ours(row)
     _, _, data = worker.in_turn(case, 2)
@@ -73,11 +73,13 @@ def test_the_loop_reads_and_has_one_batch_in_turn(row):
     read, again, one, same, later = (next(stream) for _ in range(5))
     stream.close()
     assert one is same
-    for k, x in case.batch.items():
-        assert read[k].shape == x.shape
-        assert not any(np.array_equal(read[k], y[k]) for y in (again, one, later))
-    assert read["image"].dtype == (np.float32 if row == "resnet50" else np.uint8)
-    assert read["label"].dtype == case.batch["label"].dtype
+    for k, x in read.items():
+        assert x.shape == case.batch[k].shape
+        assert not any(np.array_equal(x, y[k]) for y in (again, one, later))
+    assert set(read) == ({"visible"} if row == "rbm" else {"image", "label"})
+    image = next(iter(read.values()))
+    assert image.dtype == (np.float32 if row == "resnet50" else np.uint8)
+    assert row == "rbm" or read["label"].dtype == case.batch["label"].dtype
 
 
 @pytest.mark.parametrize("row", ["mlp", "lenet", "cnn", "resnet18"])

@@ -1,6 +1,9 @@
-"""A restricted Boltzmann machine on binary images, CD-1, SGD. The loss is the reconstruction's."""
+"""A restricted Boltzmann machine on binary images, CD-1, SGD. The loss is the reconstruction's.
 
-from experiments.benchmarks.cases import Ours, Theirs
+The uniform numbers are in the batch. Of the side "fit" the step draws them, as in training.
+"""
+
+from experiments.benchmarks.cases import BATCHES, Ours, Theirs
 
 ROWS = {"rbm": "RBM 784-500, CD-1, batch 100"}
 
@@ -10,6 +13,7 @@ def ours(row):
     import optax
 
     import dlx
+    from dlx.data import arrays
     from dlx.models import rbm
 
     random = np.random.default_rng(0)
@@ -31,7 +35,12 @@ def ours(row):
     def weights(state):
         return {"params": {"rbm": state.params}}
 
-    return Ours(init, step, batch, weights)
+    def augment(key, batch):
+        return {"visible": batch["visible"].astype(np.float32)}
+
+    images = {"visible": np.tile(batch["visible"], (BATCHES, 1)).astype(np.uint8)}
+    data = arrays.batches(images, 100, seed=0)
+    return Ours(init, step, batch, weights, augment, data)
 
 
 def theirs(row, wrap):
