@@ -43,7 +43,7 @@ class Config:
     rows: tuple[str, ...] = ()  # only these; none: all, and "overhead"
     sides: tuple[str, ...] = tuple(worker.SIDES)  # only these beside flax and dlx
     rounds: int = 9  # turns of each side
-    seconds: float = 1.0  # a turn lasts about so long; of the side "fit", a few times
+    seconds: float = 1.0  # a turn lasts about so long; of "fit" and "scan", a few times
     torch_python: str = sys.executable  # a Python that has PyTorch
     older_python: str = ""  # a Python with an older jax, as one more side
     out: Path = HERE  # folder of record.json and chart.png
@@ -140,6 +140,7 @@ def measure(row: str, config: Config, bar: Any) -> dict[str, Any]:
     if "refused" not in out:
         times: dict[str, list[float]] = {name: [] for name in running}
         shares: list[float] = []
+        singly: list[float] = []
         steps = {}
         for name, side in running.items():
             bar.set_postfix_str(f"{row}: {name} warms up")
@@ -154,6 +155,8 @@ def measure(row: str, config: Config, bar: Any) -> dict[str, Any]:
                 times[name].append(said["seconds"])
                 if name == "fit":
                     shares.append(said["share"])
+                if name == "scan":
+                    singly.append(said["singly"])
         flops, most = running["flax"].report["flops"], limit()
         for name, side in running.items():
             t = np.array(times[name])
@@ -162,7 +165,8 @@ def measure(row: str, config: Config, bar: Any) -> dict[str, Any]:
                 "flops_per_second": flops / float(np.median(t)),
                 "share_of_limit": round(flops / float(np.median(t)) / most, 3),
             }  # fmt: skip
-            out["ratios"][name] = ratio(times[name], times["dlx"])  # how many times faster dlx is
+            beside = singly if name == "scan" else times["dlx"]
+            out["ratios"][name] = ratio(times[name], beside)  # how many times faster dlx is
         if shares:
             out["end_to_end"] = median(np.array(shares))
     for side in running.values():

@@ -3,8 +3,9 @@
 
 Prints one line of JSON when it is ready. Then, for every number of steps that it reads, the seconds
 that one of them took; a step before them is not counted, for training goes on without a pause. The
-side "fit" takes turns itself, with one constant batch, so that what differs between two processes
-or two seconds is not taken for the cost of reading.
+side "fit" takes turns itself, with one constant batch, and the side "scan" with single steps, so
+that what differs between two processes or two seconds is not taken for the cost of reading, or of
+the scan.
 `FOLDER` holds the weights to start from; the side "flax" writes them.
 """
 
@@ -38,7 +39,7 @@ SIDES = {
     "compile": "PyTorch, torch.compile",
 }
 SCANNED = 4
-PAIRS = 8  # stretches with data read and as many without in a turn of the side "fit", at the most
+PAIRS = 8  # stretches of each kind in a turn of the sides "fit" and "scan", at the most
 CHECKED = 3  # first steps, whose losses are reported
 COMPILED = 3  # times, by the sides whose time to compile is compared
 TORCH = ("eager", "kept", "channels-last", "compile")
@@ -91,34 +92,50 @@ def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Turn]:
             np.savez(folder / "weights.npz", allow_pickle=False, **flat(case.weights(state)))
             np.savez(folder / "batch.npz", allow_pickle=False, **flat(case.batch))
             report["flops"], _ = summary.flops(jax.make_jaxpr(case.step)(state, batch).jaxpr)
+        step, given = case.step, batch
         if side == "scan":
-            batch = jax.tree.map(lambda x: jax.numpy.stack([x] * SCANNED), batch)
+            given = jax.tree.map(lambda x: jax.numpy.stack([x] * SCANNED), batch)
 
             def step(state: Any, batch: Any) -> Any:
                 return jax.lax.scan(case.step, state, batch)
-        else:
-            step = case.step
+
         program, taken = jax.jit(step, donate_argnums=0), []
         for _ in range(COMPILED if side in ("flax", "dlx") else 1):
             jax.clear_caches()
             start = time.perf_counter()
-            program.lower(state, batch).compile()
+            program.lower(state, given).compile()
             taken.append(time.perf_counter() - start)
         report["compile_seconds"] = float(np.median(taken))
 
     if side == "fit":
         return report | {"losses": []}, lambda steps: end_to_end(case, steps)
 
-    def run(steps: int) -> dict[str, float]:
+    def stretch(program: Any, batch: Any, calls: int) -> float:
         nonlocal state
         metrics = None
         start = time.perf_counter()
         with nn.plain(side == "flax"):
-            for _ in range(-(-steps // (SCANNED if side == "scan" else 1))):
+            for _ in range(calls):
                 state, metrics = program(state, batch)
         jax.block_until_ready((state, metrics))
         last.append(metrics)
-        return {"seconds": (time.perf_counter() - start) / steps}
+        return time.perf_counter() - start
+
+    def run(steps: int) -> dict[str, float]:
+        return {"seconds": stretch(program, given, steps) / steps}
+
+    single = jax.jit(case.step, donate_argnums=0)
+
+    def scanned(steps: int) -> dict[str, float]:
+        calls = -(-steps // SCANNED)
+        pairs = min(PAIRS, calls)
+        calls //= pairs
+        taken = np.empty((pairs, 2))
+        for i in range(pairs):
+            for j in (0, 1) if i % 2 else (1, 0):  # so that neither is always the second
+                what = (single, batch, SCANNED * calls) if j else (program, given, calls)
+                taken[i, j] = stretch(*what) / (SCANNED * calls)
+        return {"seconds": float(np.median(taken[:, 0])), "singly": float(np.median(taken[:, 1]))}
 
     last: list[Any] = []
 
@@ -127,12 +144,12 @@ def jax_side(side: str, row: str, folder: Path) -> tuple[dict[str, Any], Turn]:
         return np.ravel(value[0] / value[1] if isinstance(value, tuple) else value)
 
     if side == "scan":
-        run(SCANNED)
+        stretch(program, given, 1)
         report["losses"] = loss(last[0])[:CHECKED].tolist()
-    else:
-        for _ in range(CHECKED):
-            run(1)
-        report["losses"] = [float(loss(m)[0]) for m in last]
+        return report, scanned
+    for _ in range(CHECKED):
+        run(1)
+    report["losses"] = [float(loss(m)[0]) for m in last]
     return report, run
 
 
