@@ -187,32 +187,34 @@ def _backward(form: Form, every: bool, saved: Any, gradients: Any) -> Any:
 
     def step(i: Any, carry: Any) -> Any:
         t = len(x) - 1 - i
-        state, a, kept = carry
+        state, a, dks = carry
         new = tuple(s + _at(g, t) for s, g in zip(state, given, strict=False))
         state = (*new, *state[len(new) :])
-        # A copy of the gates, read but once: or XLA copies all of `a` before it writes there.
+        # A copy of the gates, read but once: or XLA copies all of `a` before it writes there. As
+        # it would copy `kept` if dk were written there, which does not wait for k to be read.
         gates, before = barrier(_at(a, t)), tuple(_at(s, t) for s in history)
         k = _at(history[1], t + 1) if form is LSTM else None if kept is None else _at(kept, t)
         da, dk, state = form.backward(gates, k, before, *state)
         a, dm = _put(a, da, t), da
-        if kept is not None:
-            kept, dm = _put(kept, dk, t), jnp.concatenate([da[: -len(dk)], dk])
+        if dks is not None:
+            dks, dm = _put(dks, dk, t), jnp.concatenate([da[: -len(dk)], dk])
         dh = wh @ dm
-        return (dh if state[0] is None else state[0] + dh, *state[1:]), a, kept
+        return (dh if state[0] is None else state[0] + dh, *state[1:]), a, dks
 
     last = (
         tuple(g.T for g in gradients[1:])
         if not every
         else tuple(jnp.zeros_like(s[0]) for s in history[1:])
     )
-    state, a, kept = lax.fori_loop(
-        0, len(x), step, ((jnp.zeros_like(history[0][0]), *last), a, kept)
+    dks = None if kept is None else jnp.zeros_like(kept)
+    state, a, dks = lax.fori_loop(
+        0, len(x), step, ((jnp.zeros_like(history[0][0]), *last), a, dks)
     )
     db, dn = a.sum((0, 2)), None
     da = a.swapaxes(1, 2)  # (T, B, G units)
     dm = da
-    if kept is not None:
-        dn, dk = kept.sum((0, 2)), kept.swapaxes(1, 2)
+    if dks is not None:
+        dn, dk = dks.sum((0, 2)), dks.swapaxes(1, 2)
         dm = barrier(jnp.concatenate([da[..., : -dk.shape[-1]], dk], -1))
     over = ((0, 1), (0, 1)), ((), ())
     dwx = barrier(lax.dot_general(x, da, over))
