@@ -6,10 +6,11 @@ every page anew at its first touch: a third of the time of a small GPT's step. K
 cleared once. It takes two settings, for glibc keeps such blocks in the first of its arenas alone,
 the main thread's, and JAX runs programs in threads of its own: `keep` and `at_once`.
 
-By experiments/benchmarks/record.json, the side "dlx" beside "untouched", which is without: 1.31 and
-1.16 times as fast for two GPTs, 1.24 for WaveNet, 1.23 for a CNN of 28 x 28 images, 1.21 for
-ResNet-50, 1.20 for a U-Net, 1.12 for ResNet-18, with the same peak of memory (LeNet's and the GRU's
-are a tenth higher); 0.95 to 1.01 for LeNet, an MLP, an RBM, a VAE and a DCGAN, within the noise.
+By experiments/benchmarks/record.json, the side "dlx" beside "untouched", which is without: 1.33
+times as fast for a CNN of 28 x 28 images, 1.28 and 1.16 for two GPTs, 1.25 for WaveNet, 1.22 for a
+translator of GRUs, 1.19 for a U-Net, 1.17 and 1.16 for ResNet-18 and 50, 1.12 for a DCGAN, with at
+most a tenth more at the peak of memory (the CNN a sixth); 0.98 to 1.08 for LeNet, an MLP, an RBM, a
+VAE, an LSTM and a GRU.
 
 A call that returns when its step has ended hides nothing of what Python does before the next: an
 MLP's step takes 8.1 ms, and 7.5 without `at_once` (2 cores of an AMD EPYC). A GPT would keep its 45

@@ -10,7 +10,8 @@ SIZES = {"gpt-4x128": (4, 4, 128, 12, 64), "gpt-6x384": (6, 6, 384, 8, 256)}
 VOCABULARY, RATE, DECAY = 65, 1e-3, 0.1
 WHY = {
     "gpt-6x384": "Of 877 ms of operations, in part at once, in a step of 763: 685 matrix products, "
-    "76 what attention transposes, 55 the sums of Adam and of GELU's gradient.",
+    "76 what attention transposes, 55 the sums of Adam and of GELU's gradient. On an Intel Xeon "
+    "with AMX XLA's products run at 280 to 350 GFLOP/s, and PyTorch's at 350 to 410.",
 }
 
 

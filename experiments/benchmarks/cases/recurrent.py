@@ -7,9 +7,6 @@ ROWS = {
     "gru": "GRU language model, 512 units, 32 x 64 tokens",
 }
 VOCABULARY, UNITS, B, T, RATE = 256, 512, 32, 64, 1e-3
-WHY = {
-    "gru": "The gradient is written by hand, in two loops, which take long to compile.",
-}
 
 
 def ours(row):

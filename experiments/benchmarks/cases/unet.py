@@ -5,7 +5,8 @@ from experiments.benchmarks.cases import Ours, Theirs
 ROWS = {"unet": "U-Net of 32 features and depth 3, 64x64, batch 16"}
 WHY = {
     "unet": "Of 323 ms of operations 223 are XLA's convolutions and products, 43 what is joined "
-    "and padded for kernels' gradients, some 45 batch normalisation and ReLU.",
+    "and padded for kernels' gradients, some 45 batch normalisation and ReLU. On an Intel Xeon "
+    "with AMX the convolutions run at 320 GFLOP/s, and PyTorch's matrix products at 400.",
 }
 
 
