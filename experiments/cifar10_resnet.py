@@ -7,7 +7,8 @@ Command   python -m experiments.cifar10_resnet
 Hardware  2 CPU cores, about an hour where nothing else runs (400 images a second)
 Expected  test error 8.98 % after thirty epochs (seed 0) by the mean over an image and its mirror
           image, 9.77 % by the image alone. The whole schedule has no record yet: 8.75 % in the
-          paper, 8.27 % its best reproduction known, both by the image alone
+          paper, 8.27 % its best reproduction known, both by the image alone; its first steps
+          are in experiments/results/unfinished
 """
 
 import dataclasses
