@@ -9,7 +9,7 @@ the main thread's, and JAX runs programs in threads of its own: `keep` and `at_o
 By experiments/benchmarks/record.json, the side "dlx" beside "untouched", which is without: 1.33
 times as fast for a CNN of 28 x 28 images, 1.28 and 1.16 for two GPTs, 1.25 for WaveNet, 1.22 for a
 translator of GRUs, 1.19 for a U-Net, 1.17 and 1.16 for ResNet-18 and 50, 1.12 for a DCGAN, with at
-most a tenth more at the peak of memory (the CNN a sixth); 0.98 to 1.08 for LeNet, an MLP, an RBM, a
+most 11 % more at the peak of memory (the CNN 16 %); 0.98 to 1.08 for LeNet, an MLP, an RBM, a
 VAE, an LSTM and a GRU.
 
 A call that returns when its step has ended hides nothing of what Python does before the next: an

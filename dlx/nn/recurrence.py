@@ -10,7 +10,8 @@ tanh, one dtype throughout, float32 or float64); whatever else it is given runs 
 - The gradient is written by hand. The loop leaves the gradients of the gates, in the memory where
   the gates were, and the kernels' gradients are one product each after it.
 - A GRU's gradient of what its state adds to n has an array of its own; in that of the values it is
-  made from, XLA would copy all of them twice in every step (a training step 117 -> 102 ms).
+  made from, XLA would copy all of them twice in every step (a language model of 512 units, 32 x 64
+  tokens: 117 -> 102 ms a training step, 2 cores of an Intel Xeon, jax 0.12).
 - The barriers keep XLA from computing an exponential in each of the places that need it.
 
 Second derivatives are those that JAX makes of `_reference`, the same equations in `lax.scan`.
